@@ -1,0 +1,437 @@
+"""One chunk: its segments, its gathered buffer, and the state of each tensor in it.
+
+One method per move of :data:`gemini.state.LEGAL_MOVES`. The gathered buffer is one storage whose memory is taken and
+given back; parameters and every view that autograd saved stay views of it, so fetching again makes all of them valid
+at once. A chunk whose values are wholly resident uses that resident buffer as its gathered buffer and is never free.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+
+import torch
+
+from gemini.device import Event
+from gemini.layout import ChunkLayout, Entry
+from gemini.segment import GRADIENT, MASTER, Placement, Segment, rebuild
+from gemini.state import HOLDING, Move, TensorState, next_state
+from gemini.store import Kind, Store, Tier
+from gemini.transfer import Transfer
+
+
+class ChunkTensor:
+    """One parameter in a chunk.
+
+    Attributes:
+        parameter: the user's tensor; its ``data`` is a view of the gathered buffer, or a NaN placeholder of its shape.
+        state: see :class:`TensorState`.
+        num_holders: how many running modules or backward scopes read it now; positive only in COMPUTE.
+        has_gradient: a gradient has been sent to its owner since the last ``zero_grad``.
+    """
+
+    def __init__(self, chunk: Chunk, position: int, parameter: torch.Tensor) -> None:
+        self.chunk = chunk
+        self.position = position
+        self.entry: Entry = chunk.layout.entries[position]
+        self.parameter = parameter
+        self.state = TensorState.FREE
+        self.num_holders = 0
+        self.has_gradient = False
+
+    @property
+    def name(self) -> str:
+        """The parameter's first name in the model."""
+        return self.entry.spec.name
+
+    def __repr__(self) -> str:
+        return f"ChunkTensor({self.name}, {self.state.name}, holders={self.num_holders})"
+
+
+class Chunk:
+    """A contiguous buffer of whole parameters, and who may do what with it.
+
+    Args:
+        layout: what lies where.
+        parameters: the tensors, in the layout's order; their present values are taken over and freed one by one.
+        store: gives and counts memory.
+        transfer: carries copies between tiers.
+        keep_master: keep an fp32 master beside (or as) the values: the chunk will be trained.
+    """
+
+    def __init__(
+        self, layout: ChunkLayout, parameters: list[torch.Tensor], store: Store, transfer: Transfer, keep_master: bool
+    ) -> None:
+        self.layout = layout
+        self.index = layout.index
+        self._store = store
+        self._transfer = transfer
+        self.tensors = [ChunkTensor(self, index, parameter) for index, parameter in enumerate(parameters)]
+        self.segments = [self._take_over(keep_master)]
+        self._offsets = [entry.offset for entry in layout.entries]
+        self._buffer: torch.Tensor | None = None
+        self._views: list[torch.Tensor] = []
+        # Recorded by the fetch stream after the last fetch; computation waits on it at the first acquire.
+        self._fetched: Event | None = None
+        self.step = 0
+        placeholder = torch.full((1,), float("nan"), dtype=layout.dtype, device=store.device.torch_device)
+        self._placeholders = [placeholder.expand(e.spec.shape) for e in layout.entries]
+        self._bind_placeholders()
+
+    # -- making ------------------------------------------------------------------------------------------------------
+
+    def _take_over(self, keep_master: bool) -> Segment:
+        """Copies values to the host, tensor by tensor, dropping each original as soon as its copy is made."""
+        numel, dtype = self.layout.numel, self.layout.dtype
+        values = self._store.allocate(Tier.HOST, Kind.PARAMETERS, numel, dtype)
+        segment = Segment(0, numel, Tier.HOST, Tier.HOST, values)
+        if keep_master:
+            if dtype == torch.float32:
+                segment.companions[MASTER] = values
+            else:
+                segment.companion(self._store, MASTER, torch.float32)
+        for tensor in self.tensors:
+            source = tensor.parameter.detach()
+            for target in {id(t): t for t in (values, segment.companions.get(MASTER, values))}.values():
+                _view(target, tensor.entry).copy_(source)
+            tensor.parameter.data = torch.empty(0, dtype=dtype, device=self._store.device.torch_device)
+        return segment
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.layout.numel
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the gathered buffer."""
+        return self.layout.num_bytes
+
+    @property
+    def resident(self) -> bool:
+        """Whether all values live on the device, so that no gathered copy is needed."""
+        return len(self.segments) == 1 and self.segments[0].value_tier is Tier.DEVICE
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the gathered buffer has memory."""
+        return self._buffer is not None and self._buffer.untyped_storage().nbytes() > 0
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Device bytes of the gathered copy: 0 when free, and 0 when resident (counted as parameters there)."""
+        return self.num_bytes if self.on_device and not self.resident else 0
+
+    # -- moves -------------------------------------------------------------------------------------------------------
+
+    def _move(self, tensor: ChunkTensor, move: Move) -> None:
+        tensor.state = next_state(move, tensor.state, chunk=self.index, tensor=tensor.name, step=self.step)
+
+    def fetch(self) -> None:
+        """FREE -> HOLD for all tensors: memory under the buffer, values on their way.
+
+        Raises:
+            IllegalMoveError: the chunk is on the device already.
+            torch.OutOfMemoryError: the device has no room.
+        """
+        after = [next_state(Move.FETCH, t.state, chunk=self.index, tensor=t.name, step=self.step) for t in self.tensors]
+        if self._buffer is None:
+            self._buffer = self._store.allocate(Tier.DEVICE, Kind.GATHERED, self.numel, self.layout.dtype)
+            self._views = [_view(self._buffer, entry) for entry in self.layout.entries]
+        else:
+            self._store.device.take_again(self._buffer, self.numel)
+            self._store.bytes_by[Tier.DEVICE, Kind.GATHERED] += self.num_bytes
+        for segment in self.segments:
+            self._transfer.to_gathered(self._buffer[segment.start : segment.stop], segment.values, segment.value_tier)
+        self._fetched = self._transfer.fetched_event()
+        for tensor, state, view in zip(self.tensors, after, self._views, strict=True):
+            tensor.state = state
+            tensor.parameter.data = view
+
+    def acquire(self, tensor: ChunkTensor) -> None:
+        """HOLD or HOLD_AFTER_* -> COMPUTE; one more holder if it is in COMPUTE already."""
+        if tensor.state is not TensorState.COMPUTE:
+            self._move(tensor, Move.ACQUIRE)
+            if self._fetched is not None:
+                self._transfer.device.wait(self._fetched)
+                self._fetched = None
+        tensor.num_holders += 1
+
+    def let_go(self, tensor: ChunkTensor, move: Move) -> None:
+        """One holder less; the last one moves the tensor by LET_GO, END_FORWARD or END_BACKWARD."""
+        if tensor.state is TensorState.READY_FOR_REDUCE:
+            return  # its gradient came while the backward scope still held it
+        if tensor.num_holders == 1:
+            self._move(tensor, move)
+        tensor.num_holders -= 1
+
+    def take_slot(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
+        """The gradient is complete: it takes the values' slot in the gathered buffer; holders are dismissed."""
+        self._settle_fetch()
+        self._move(tensor, Move.TAKE_SLOT)
+        tensor.num_holders = 0
+        with torch.no_grad():
+            self._views[tensor.position].copy_(gradient)
+
+    def restore(self, tensor: ChunkTensor) -> None:
+        """READY_FOR_REDUCE -> HOLD: the gradient goes to its owner, the values come back into the slot."""
+        self._move(tensor, Move.RESTORE)
+        self._send([tensor])
+        for segment, start, stop in self._overlaps(tensor.entry.offset, tensor.entry.stop):
+            source = segment.values[start - segment.start : stop - segment.start]
+            self._transfer.to_gathered(self.buffer[start:stop], source, segment.value_tier)
+        self._fetched = self._transfer.fetched_event()
+
+    def reduce(self) -> None:
+        """Sends every gradient that waits in a slot to its owner and gives the device memory back."""
+        self._send([t for t in self.tensors if t.state is TensorState.READY_FOR_REDUCE])
+        self._to_free()
+
+    def release(self) -> None:
+        """Gives the device memory back; nothing in it needs saving.
+
+        Raises:
+            IllegalMoveError: a tensor is in use, or its slot holds a gradient.
+        """
+        if any(tensor.state is TensorState.READY_FOR_REDUCE for tensor in self.tensors):
+            self._move(next(t for t in self.tensors if t.state is TensorState.READY_FOR_REDUCE), Move.RELEASE)
+        self._to_free()
+
+    def _to_free(self) -> None:
+        moves = [Move.REDUCE if t.state is TensorState.READY_FOR_REDUCE else Move.RELEASE for t in self.tensors]
+        after = [
+            next_state(move, t.state, chunk=self.index, tensor=t.name, step=self.step)
+            for move, t in zip(moves, self.tensors, strict=True)
+        ]
+        self._bind_placeholders()
+        self._store.free(Tier.DEVICE, Kind.GATHERED, self.buffer)
+        self._fetched = None
+        for tensor, state in zip(self.tensors, after, strict=True):
+            tensor.state = state
+
+    # -- questions ---------------------------------------------------------------------------------------------------
+
+    @property
+    def in_use(self) -> bool:
+        """Whether some tensor is in COMPUTE."""
+        return any(tensor.state is TensorState.COMPUTE for tensor in self.tensors)
+
+    @property
+    def droppable(self) -> bool:
+        """Whether the memory may be given back now, gradients being sent out first where there are any."""
+        return self.on_device and not self.resident and not self.in_use
+
+    @property
+    def ready(self) -> bool:
+        """Whether every tensor's slot holds its gradient."""
+        return all(tensor.state is TensorState.READY_FOR_REDUCE for tensor in self.tensors)
+
+    @property
+    def takes_slots(self) -> bool:
+        """Whether gradients may overwrite values here: a gathered copy, never the resident values themselves."""
+        return self.on_device and not self.resident
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    def deliver(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
+        """Sends a gradient straight to its owner, without a slot (the chunk is free, or resident)."""
+        spec = tensor.entry.spec
+        with torch.no_grad():
+            if gradient.stride() == spec.stride:  # the usual case: its memory, in order, is what the owner wants
+                flat = gradient.as_strided((spec.numel,), (1,))
+            else:
+                flat = torch.empty(spec.numel, dtype=gradient.dtype, device=gradient.device)
+                flat.as_strided(spec.shape, spec.stride).copy_(gradient)
+        self._deliver_range(tensor.entry.offset, tensor.entry.stop, flat, first=not tensor.has_gradient)
+        tensor.has_gradient = True
+
+    def _send(self, tensors: list[ChunkTensor]) -> None:
+        """Sends gradients out of their slots, neighbours in one copy."""
+        run: list[ChunkTensor] = []
+        for tensor in [*tensors, None]:
+            joins = (
+                tensor is not None
+                and bool(run)
+                and run[-1].entry.stop == tensor.entry.offset
+                and run[-1].has_gradient == tensor.has_gradient
+            )
+            if run and not joins:
+                start, stop = run[0].entry.offset, run[-1].entry.stop
+                self._deliver_range(start, stop, self.buffer[start:stop], first=not run[0].has_gradient)
+                for sent in run:
+                    sent.has_gradient = True
+                run = []
+            if tensor is not None:
+                run.append(tensor)
+
+    def _deliver_range(self, start: int, stop: int, source: torch.Tensor, first: bool) -> None:
+        for segment, left, right in self._overlaps(start, stop):
+            piece = source[left - start : right - start]
+            target = self._gradient_buffer(segment, piece.dtype if first else torch.float32)
+            self._transfer.gradient_out(
+                target[left - segment.start : right - segment.start], piece, segment.companion_tier, add=not first
+            )
+
+    def _gradient_buffer(self, segment: Segment, dtype: torch.dtype) -> torch.Tensor:
+        """The segment's gradient; a first gradient of a step fits any dtype, a sum needs fp32."""
+        present = segment.companions.get(GRADIENT)
+        if present is None:
+            return segment.companion(self._store, GRADIENT, dtype)
+        if present.dtype == dtype or present.dtype == torch.float32:
+            return present
+        widened = present.to(torch.float32)
+        segment.drop(self._store, GRADIENT)
+        return segment.companion(self._store, GRADIENT, torch.float32).copy_(widened)
+
+    def _overlaps(self, start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
+        for segment in self.segments:
+            left, right = max(start, segment.start), min(stop, segment.stop)
+            if left < right:
+                yield segment, left, right
+
+    # -- placement and whole values ----------------------------------------------------------------------------------
+
+    def place(self, placement: Placement) -> None:
+        """Moves values and companions to the tiers a plan names. The chunk must not be in use."""
+        if self.resident:
+            self._leave_residence()
+        elif self.on_device:
+            self.reduce()
+        self.segments = rebuild(self.segments, placement, self.numel, self._store)
+        if self.resident:
+            self._enter_residence()
+
+    def _leave_residence(self) -> None:
+        for tensor in self.tensors:
+            self._move(tensor, Move.RELEASE)
+        self._bind_placeholders()
+        self._buffer, self._views = None, []
+
+    def _enter_residence(self) -> None:
+        self._buffer = self.segments[0].values
+        self._views = [_view(self._buffer, entry) for entry in self.layout.entries]
+        for tensor, view in zip(self.tensors, self._views, strict=True):
+            self._move(tensor, Move.FETCH)
+            tensor.parameter.data = view
+
+    def pieces(self, start: int, stop: int) -> list[tuple[Segment, int, int]]:
+        """Segments that hold elements ``[start, stop)``, each with the overlap in chunk elements."""
+        return list(self._overlaps(start, stop))
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The gathered buffer.
+
+        Raises:
+            RuntimeError: the chunk was never gathered.
+        """
+        if self._buffer is None:
+            raise RuntimeError(f"chunk {self.index} has no gathered buffer")
+        return self._buffer
+
+    @property
+    def storage(self) -> torch.UntypedStorage:
+        """The gathered buffer's storage: the same object for as long as the chunk is not resident."""
+        return self.buffer.untyped_storage()
+
+    def tensor_at(self, offset: int) -> ChunkTensor:
+        """The tensor that owns the element at ``offset``."""
+        return self.tensors[bisect_right(self._offsets, offset) - 1]
+
+    def view_of(self, tensor: ChunkTensor) -> torch.Tensor:
+        """The tensor's view of the gathered buffer; valid while the chunk is on the device."""
+        return self._views[tensor.position]
+
+    def values_of(self, tensor: ChunkTensor) -> torch.Tensor:
+        """A host copy of one parameter's authoritative values, in its shape and compute dtype."""
+        return self._copy_out(tensor, None)
+
+    def companion_of(self, tensor: ChunkTensor, key: str) -> torch.Tensor:
+        """A host copy of one parameter's share of a companion, in its shape.
+
+        Raises:
+            KeyError: no segment of the tensor has such a companion.
+        """
+        return self._copy_out(tensor, key)
+
+    def _copy_out(self, tensor: ChunkTensor, key: str | None) -> torch.Tensor:
+        entry = tensor.entry
+        parts = [
+            (s.values if key is None else s.companions[key])[left - s.start : right - s.start].cpu()
+            for s, left, right in self._overlaps(entry.offset, entry.stop)
+        ]
+        flat = parts[0].clone() if len(parts) == 1 else torch.cat(parts)
+        return flat.as_strided(entry.spec.shape, entry.spec.stride)
+
+    def write_companion(self, tensor: ChunkTensor, key: str, data: torch.Tensor) -> None:
+        """Writes one parameter's share of a companion, allocating the companion if need be."""
+        flat = torch.empty(tensor.entry.spec.numel, dtype=data.dtype)
+        flat.as_strided(tensor.entry.spec.shape, tensor.entry.spec.stride).copy_(data)
+        for segment, left, right in self._overlaps(tensor.entry.offset, tensor.entry.stop):
+            target = segment.companion(self._store, key, data.dtype)
+            source = flat[left - tensor.entry.offset : right - tensor.entry.offset]
+            target[left - segment.start : right - segment.start].copy_(source)
+
+    def write_values(self, tensor: ChunkTensor, data: torch.Tensor) -> None:
+        """Writes new values (and master), shape of the parameter, any float dtype. A gathered copy is dropped first."""
+        if self.on_device and not self.resident:
+            self.reduce()
+        entry = tensor.entry
+        flat = torch.empty(entry.spec.numel, dtype=torch.promote_types(data.dtype, self.layout.dtype))
+        flat.as_strided(entry.spec.shape, entry.spec.stride).copy_(data)
+        for segment, left, right in self._overlaps(entry.offset, entry.stop):
+            source = flat[left - entry.offset : right - entry.offset]
+            inside = slice(left - segment.start, right - segment.start)
+            if MASTER in segment.companions:
+                segment.companions[MASTER][inside].copy_(source)
+            if not segment.master_is_values:
+                segment.values[inside].copy_(source)
+
+    def dissolve(self) -> None:
+        """Gives everything back; the parameters become ordinary tensors with their values on the host."""
+        values = [self.values_of(tensor) for tensor in self.tensors]
+        if self.resident:
+            self._leave_residence()
+        elif self.on_device:
+            self.reduce()
+        for segment in self.segments:
+            segment.free(self._store)
+        self.segments = []
+        for tensor, whole in zip(self.tensors, values, strict=True):
+            tensor.parameter.data = whole
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _settle_fetch(self) -> None:
+        """A slot must not be overwritten while the fetch that fills it is still queued."""
+        if self._fetched is not None:
+            self._transfer.device.wait(self._fetched)
+            self._fetched = None
+
+    def _bind_placeholders(self) -> None:
+        for tensor, placeholder in zip(self.tensors, self._placeholders, strict=True):
+            tensor.parameter.data = placeholder
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError if states, memory and segments contradict one another."""
+        at = 0
+        for segment in self.segments:
+            if segment.start != at or segment.values.numel() != segment.numel:
+                raise RuntimeError(f"chunk {self.index}: segments do not cover it: gap or overlap at element {at}")
+            at = segment.stop
+        if at != self.numel:
+            raise RuntimeError(f"chunk {self.index}: segments end at {at} of {self.numel} elements")
+        for tensor in self.tensors:
+            if (tensor.state is TensorState.FREE) == self.on_device:
+                raise RuntimeError(f"chunk {self.index}: {tensor!r} while on_device is {self.on_device}")
+            if (tensor.num_holders > 0) != (tensor.state is TensorState.COMPUTE):
+                raise RuntimeError(f"chunk {self.index}: {tensor!r}: holders and state disagree")
+            if self.resident and tensor.state is TensorState.READY_FOR_REDUCE:
+                raise RuntimeError(f"chunk {self.index}: {tensor!r}: a gradient overwrote resident values")
+            if tensor.state in HOLDING and tensor.parameter.data_ptr() != self.view_of(tensor).data_ptr():
+                raise RuntimeError(f"chunk {self.index}: {tensor.name} does not point into its chunk")
+
+
+def _view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """The entry's view of a 1-D buffer, with the strides the user's parameter had."""
+    return flat.as_strided(entry.spec.shape, entry.spec.stride, flat.storage_offset() + entry.offset)

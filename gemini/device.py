@@ -1,0 +1,327 @@
+"""The device contract: memory figures, buffers, streams, events. And its two real implementations.
+
+Manager, hooks and optimizer speak only to :class:`Device`; the simulated device (:mod:`gemini.simulated`) implements
+the same contract, so that a green run there exercises the same code as a run on an accelerator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemini.hostinfo import host_memory
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on the device now and at the highest since the last :meth:`Device.reset_peaks`."""
+
+    model_data_bytes: int
+    """Buffers given out by :meth:`Device.allocate`: parameters, gradients, optimizer states."""
+    non_model_bytes: int
+    """Everything else: activations, temporaries, inputs."""
+    peak_bytes: int
+    """Highest sum of both."""
+    non_model_peak_bytes: int
+    """Highest non-model bytes alone."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Highest bytes since the device was made."""
+
+    device_bytes: int = 0
+    model_data_bytes: int = 0
+    non_model_bytes: int = 0
+
+
+class Event(ABC):
+    """A point in a stream's queue."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Blocks the host until everything queued before the event has run."""
+
+
+class Stream(ABC):
+    """A queue of copies that runs beside the computation."""
+
+    @abstractmethod
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queues ``target.copy_(source)``. Both must stay untouched until an event recorded later has been waited on."""
+
+    @abstractmethod
+    def record(self) -> Event:
+        """An event after everything queued so far."""
+
+    @abstractmethod
+    def wait_compute(self) -> None:
+        """Later copies wait for all computation issued so far (they read what it wrote)."""
+
+
+class Device(ABC):
+    """One accelerator as the manager sees it.
+
+    Attributes:
+        name: for messages.
+        torch_device: where buffers live.
+        capacity_bytes: model and non-model data together must stay within it.
+    """
+
+    name: str
+    torch_device: torch.device
+    capacity_bytes: int
+
+    def __init__(self) -> None:
+        self.model_data_bytes = 0
+        self.model_data_peak_bytes = 0
+        self._lifetime = Peaks()
+
+    def _count_model_data(self, delta_bytes: int) -> None:
+        self.model_data_bytes += delta_bytes
+        self.model_data_peak_bytes = max(self.model_data_peak_bytes, self.model_data_bytes)
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A 1-D buffer for model data, uninitialised.
+
+        Raises:
+            torch.OutOfMemoryError: if it does not fit.
+        """
+        buffer = torch.empty(numel, dtype=dtype, device=self.torch_device)
+        self._count_model_data(buffer.nbytes)
+        return buffer
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Frees the memory of a buffer from :meth:`allocate`; views of it stay objects but have no bytes.
+
+        The storage keeps its identity: :meth:`take_again` puts memory under every saved view at once.
+        """
+        storage = buffer.untyped_storage()
+        self._count_model_data(-storage.nbytes())
+        storage.resize_(0)
+
+    def take_again(self, buffer: torch.Tensor, numel: int) -> None:
+        """Gives memory back to a buffer that :meth:`give_back` emptied; contents are undefined.
+
+        Raises:
+            torch.OutOfMemoryError: if it does not fit.
+        """
+        num_bytes = numel * buffer.dtype.itemsize
+        buffer.untyped_storage().resize_(num_bytes)
+        self._count_model_data(num_bytes)
+
+    @abstractmethod
+    def memory(self) -> DeviceMemory:
+        """Figures of this process on the device."""
+
+    def reset_peaks(self) -> None:
+        """Starts a new window for the peaks of :meth:`memory`."""
+        self.lifetime_peaks()
+        self.model_data_peak_bytes = self.model_data_bytes
+        self._start_window()
+
+    def lifetime_peaks(self) -> Peaks:
+        """Highest figures since the device was made, over all windows."""
+        window, past = self.memory(), self._lifetime
+        self._lifetime = Peaks(
+            max(past.device_bytes, window.peak_bytes),
+            max(past.model_data_bytes, self.model_data_peak_bytes),
+            max(past.non_model_bytes, window.non_model_peak_bytes),
+        )
+        return self._lifetime
+
+    @abstractmethod
+    def _start_window(self) -> None:
+        """Forgets the window's peaks."""
+
+    @abstractmethod
+    def stream(self, name: str) -> Stream:
+        """A new side stream."""
+
+    @abstractmethod
+    def wait(self, event: Event) -> None:
+        """Computation issued from now on waits for ``event``; the host does not block on a real accelerator."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Blocks until all streams and all computation are done."""
+
+    def activity(self) -> contextlib.AbstractContextManager[Any]:
+        """A context inside which tensors made by computation count as being on this device."""
+        return contextlib.nullcontext()
+
+    def bookkeeping(self) -> contextlib.AbstractContextManager[Any]:
+        """A context for the manager's own work: what it makes inside is counted by itself, or lies on the host."""
+        return contextlib.nullcontext()
+
+    def register_host_memory(self, address: int, num_bytes: int) -> bool:
+        """Pins host memory in place, at its exact size. False where the device has no such thing."""
+        del address, num_bytes
+        return False
+
+    def unregister_host_memory(self, address: int) -> None:
+        """Undoes :meth:`register_host_memory`."""
+        del address
+
+    def close(self) -> None:
+        """Undoes what the device changed outside itself."""
+
+
+class _DoneEvent(Event):
+    def synchronize(self) -> None:
+        """Nothing to wait for: copies ran when they were queued."""
+
+
+class InlineStream(Stream):
+    """Runs each copy at once; for devices without asynchronous copies."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies now."""
+        with torch.no_grad():
+            target.copy_(source)
+
+    def record(self) -> Event:
+        """An event that has already happened."""
+        return _DoneEvent()
+
+    def wait_compute(self) -> None:
+        """Computation on the host is never ahead of the program."""
+
+
+class HostDevice(Device):
+    """``device.type = "cpu"``: computes where the host memory is. No cap, no transfers to hide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "cpu"
+        self.torch_device = torch.device("cpu")
+        self.capacity_bytes = host_memory().total_bytes
+
+    def memory(self) -> DeviceMemory:
+        """Model data only: on the host nobody counts the rest for us."""
+        return DeviceMemory(self.model_data_bytes, 0, self.model_data_peak_bytes, 0)
+
+    def _start_window(self) -> None:
+        """Nothing beside the model data is counted."""
+
+    def stream(self, name: str) -> Stream:
+        """Copies run at once."""
+        del name
+        return InlineStream()
+
+    def wait(self, event: Event) -> None:
+        """Nothing is ever pending."""
+        event.synchronize()
+
+    def synchronize(self) -> None:
+        """Nothing is ever pending."""
+
+
+class _AcceleratorEvent(Event):
+    def __init__(self, event: torch.Event) -> None:
+        self.event = event
+
+    def synchronize(self) -> None:
+        """Blocks the host until the event has happened."""
+        self.event.synchronize()
+
+
+class AcceleratorStream(Stream):
+    """A side stream of a real accelerator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.Stream(device)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queues an asynchronous copy; host memory should be pinned for it to be one."""
+        with self._stream, torch.no_grad():
+            target.copy_(source, non_blocking=True)
+        for tensor in (target, source):
+            if tensor.device == self._device:
+                # The caching allocator must not hand the block to the compute stream before this copy has run.
+                tensor.record_stream(self._stream)
+
+    def record(self) -> Event:
+        """An event after everything queued so far."""
+        event = torch.Event(self._device)
+        event.record(self._stream)
+        return _AcceleratorEvent(event)
+
+    def wait_compute(self) -> None:
+        """Orders later copies behind the current compute stream."""
+        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+
+
+class AcceleratorDevice(Device):
+    """A real accelerator through ``torch.accelerator`` (CUDA, ROCm, XPU).
+
+    Args:
+        cap_bytes: emulate a smaller card: the allocator refuses more than this (CUDA and ROCm only).
+
+    Raises:
+        ValueError: if there is no accelerator, or a cap was asked for on one that cannot be capped.
+    """
+
+    def __init__(self, cap_bytes: int | None = None) -> None:
+        super().__init__()
+        if not torch.accelerator.is_available():
+            raise ValueError("no accelerator was found; use device.type = cpu or simulated")
+        index = torch.accelerator.current_device_index()
+        self.torch_device = torch.device(torch.accelerator.current_accelerator() or "cuda", index)
+        self.name = str(self.torch_device)
+        free_bytes, total_bytes = torch.accelerator.get_memory_info(self.torch_device)
+        # What others hold on the card is not ours to plan with; what this process already holds is.
+        held_bytes = torch.accelerator.memory_reserved(self.torch_device)
+        self.capacity_bytes = free_bytes + held_bytes
+        if cap_bytes is not None:
+            self._cap(cap_bytes, total_bytes)
+
+    def _cap(self, cap_bytes: int, total_bytes: int) -> None:
+        if self.torch_device.type != "cuda":
+            raise ValueError(f"device.memory cannot cap a {self.torch_device.type} device; remove it")
+        self.capacity_bytes = min(cap_bytes, self.capacity_bytes)
+        torch.cuda.set_per_process_memory_fraction(self.capacity_bytes / total_bytes, self.torch_device)
+
+    def memory(self) -> DeviceMemory:
+        """Figures of torch's caching allocator; non-model is what is not ours."""
+        allocated_bytes = torch.accelerator.memory_allocated(self.torch_device)
+        peak_bytes = torch.accelerator.max_memory_allocated(self.torch_device)
+        return DeviceMemory(
+            model_data_bytes=self.model_data_bytes,
+            non_model_bytes=max(0, allocated_bytes - self.model_data_bytes),
+            peak_bytes=peak_bytes,
+            # The allocator tells the peak of the sum only. Model data at its window maximum is the safe subtrahend.
+            non_model_peak_bytes=max(0, peak_bytes - self.model_data_peak_bytes),
+        )
+
+    def _start_window(self) -> None:
+        torch.accelerator.reset_peak_memory_stats(self.torch_device)
+
+    def stream(self, name: str) -> Stream:
+        """A new side stream."""
+        del name
+        return AcceleratorStream(self.torch_device)
+
+    def wait(self, event: Event) -> None:
+        """Makes the current stream wait."""
+        if isinstance(event, _AcceleratorEvent):
+            torch.accelerator.current_stream(self.torch_device).wait_event(event.event)
+
+    def synchronize(self) -> None:
+        """Blocks until the device is idle."""
+        torch.accelerator.synchronize(self.torch_device)
+
+    def register_host_memory(self, address: int, num_bytes: int) -> bool:
+        """Pins with cudaHostRegister: exact bytes, where torch's pinned allocator rounds up to a power of two."""
+        if self.torch_device.type != "cuda":
+            return False
+        return int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)) == 0
+
+    def unregister_host_memory(self, address: int) -> None:
+        """Undoes :meth:`register_host_memory`."""
+        torch.cuda.cudart().cudaHostUnregister(address)

@@ -1,0 +1,123 @@
+"""The plan, as data: where each chunk's values and companions live, and how much room each moment needs.
+
+Also the facts a policy decides from (:class:`ChunkFacts`), and the refusal when nothing fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gemini.layout import ChunkLayout
+from gemini.segment import Placement
+
+
+@dataclass(frozen=True)
+class ChunkFacts:
+    """What a policy must know of one chunk."""
+
+    index: int
+    numel: int
+    value_itemsize: int
+    """Bytes per element of the values."""
+    companion_bytes_per_numel: int
+    """Bytes per element of master (where it is not the values), optimizer states and gradient; 0 if frozen."""
+    unit_name: str
+    gradient_itemsize: int = 0
+    """Bytes per element of the gradient alone (part of ``companion_bytes_per_numel``)."""
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of the values, and of a gathered copy."""
+        return self.numel * self.value_itemsize
+
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes of all companions."""
+        return self.numel * self.companion_bytes_per_numel
+
+
+def chunk_facts(layout: ChunkLayout, state_bytes_per_numel: int, gradient_itemsize: int) -> ChunkFacts:
+    """Facts of a chunk.
+
+    Args:
+        layout: the chunk.
+        state_bytes_per_numel: bytes of the optimizer's states per element (8 for Adam).
+        gradient_itemsize: bytes per element of the gradient buffer (the dtype's own, 4 with accumulation).
+    """
+    if not layout.trainable:
+        return ChunkFacts(layout.index, layout.numel, layout.dtype.itemsize, 0, layout.unit_name)
+    master_itemsize = 0 if layout.dtype.itemsize == 4 else 4
+    companions = master_itemsize + state_bytes_per_numel + gradient_itemsize
+    return ChunkFacts(
+        layout.index, layout.numel, layout.dtype.itemsize, companions, layout.unit_name, gradient_itemsize
+    )
+
+
+@dataclass
+class Plan:
+    """What ``auto`` (or another policy) decided.
+
+    Attributes:
+        policy: who decided.
+        placements: per chunk, in chunk order.
+        reserve_bytes: per moment of the trace, device bytes kept free of model data for activations. Empty until a
+            trace exists: chunks are then released as soon as nobody reads them.
+        predicted_device_peak_bytes: highest device bytes of a step, everything counted; 0 while unknown.
+        predicted_fetches: chunk fetches per micro-batch.
+        predicted_h2d_bytes: bytes to the device per micro-batch.
+        predicted_step_s: by the profile's rates; a figure to compare plans with.
+        resident_parameter_bytes: values that stay on the device.
+        device_optimizer_bytes: companions that live on the device.
+    """
+
+    policy: str
+    placements: list[Placement]
+    reserve_bytes: list[int] = field(default_factory=list)
+    predicted_device_peak_bytes: int = 0
+    predicted_fetches: int = 0
+    predicted_h2d_bytes: int = 0
+    predicted_step_s: float = 0.0
+    resident_parameter_bytes: int = 0
+    device_optimizer_bytes: int = 0
+
+
+def offload_all(policy: str, facts: list[ChunkFacts]) -> Plan:
+    """Nothing stays on the device: the plan of a warm-up, and the one that needs the least memory."""
+    return Plan(policy, [Placement() for _ in facts])
+
+
+def persistent_bytes(facts: list[ChunkFacts], placements: list[Placement]) -> tuple[int, int]:
+    """Device bytes that stay through the whole step: ``(values, companions)``."""
+    values = sum(f.value_itemsize * p.resident_numel for f, p in zip(facts, placements, strict=True))
+    companions = 0
+    for fact, placement in zip(facts, placements, strict=True):
+        shared = 0
+        if fact.companion_bytes_per_numel and fact.value_itemsize == 4:
+            # fp32: where values and companions part, the master is a buffer of its own on the companions' side.
+            shared = 4 * max(0, placement.companion_numel - placement.resident_numel)
+        companions += fact.companion_bytes_per_numel * placement.companion_numel + shared
+    return values, companions
+
+
+class DoesNotFitError(ValueError):
+    """The run cannot fit, said before it starts.
+
+    Attributes:
+        rows: ``(what, tier, bytes, note)`` of everything that needs room.
+        advice: the smallest change that would fit.
+    """
+
+    def __init__(self, message: str, rows: list[tuple[str, str, int, str]], advice: str) -> None:
+        self.message = message
+        self.rows = rows
+        self.advice = advice
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        from gemini.units import format_bytes
+
+        width = max((len(what) for what, _, _, _ in self.rows), default=0)
+        table = "\n".join(
+            f"  {what:<{width}}  {tier:<6}  {format_bytes(num_bytes):>10}  {note}" for what, tier, num_bytes, note in self.rows
+        )
+        return f"{self.message}\n{table}\n{self.advice}"

@@ -1,0 +1,269 @@
+"""The simulated device: an accelerator made of host memory, stricter than any real one.
+
+- Capacity: chunks, activations and temporaries all count; going over raises ``torch.OutOfMemoryError``.
+- Procrastination: a queued copy runs only when an event or a synchronise forces it (or in a random legal order), so a
+  missing wait is a wrong number every time.
+- Poison: memory that is given out or given back is filled with NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Any
+
+import torch
+
+from gemini.device import Device, DeviceMemory, Event, Stream
+from gemini.tracker import StorageTracker
+from gemini.units import format_bytes
+
+
+class StreamOrder(Enum):
+    """When a simulated stream runs what is queued."""
+
+    PROCRASTINATING = "procrastinating"
+    """Only when somebody waits for it."""
+    RANDOM = "random"
+    """At random moments, from a seed; in order within a stream."""
+    IMMEDIATE = "immediate"
+    """At once."""
+
+
+class _SimulatedEvent(Event):
+    def __init__(self, stream: SimulatedStream, position: int) -> None:
+        self._stream = stream
+        self._position = position
+
+    def synchronize(self) -> None:
+        """Runs the stream's queue up to the event."""
+        self._stream.run_until(self._position)
+
+
+class SimulatedStream(Stream):
+    """A queue of copies that have not happened yet."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+        self._queue: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+        self._num_queued = 0
+        self._num_run = 0
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queues a copy; whether it runs now is up to the device's stream order."""
+        self._queue.append((target, source))
+        self._num_queued += 1
+        self._device.something_was_queued()
+
+    def record(self) -> Event:
+        """An event after everything queued so far."""
+        return _SimulatedEvent(self, self._num_queued)
+
+    def wait_compute(self) -> None:
+        """Computation runs as it is issued: whatever a copy must wait for has happened."""
+
+    def run_until(self, position: int) -> None:
+        """Runs queued copies, oldest first, up to ``position``."""
+        while self._num_run < position:
+            target, source = self._queue.popleft()
+            self._num_run += 1
+            with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+                target.copy_(source)
+
+    @property
+    def num_pending(self) -> int:
+        """Copies not yet run."""
+        return len(self._queue)
+
+    def run_one(self) -> None:
+        """Runs the oldest pending copy."""
+        self.run_until(self._num_run + 1)
+
+    def run_touching(self, storage_address: int) -> None:
+        """Runs the queue as far as the last copy that reads or writes a storage."""
+        last = 0
+        for index, pair in enumerate(self._queue):
+            if any(t.untyped_storage().data_ptr() == storage_address for t in pair):
+                last = self._num_run + index + 1
+        self.run_until(last)
+
+
+class SimulatedDevice(Device):
+    """Host memory that behaves like a small accelerator.
+
+    Args:
+        capacity_bytes: model data plus non-model data may never exceed this.
+        order: when queued copies run.
+        seed: for ``StreamOrder.RANDOM``.
+        poison: fill memory with NaN when it is given out and when it is given back.
+    """
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        order: StreamOrder = StreamOrder.PROCRASTINATING,
+        seed: int = 0,
+        poison: bool = True,
+    ) -> None:
+        super().__init__()
+        if capacity_bytes <= 0:
+            raise ValueError(f"the simulated device needs a positive capacity, got {capacity_bytes}")
+        self.name = "simulated"
+        self.torch_device = torch.device("cpu")
+        self.capacity_bytes = capacity_bytes
+        self._order = order
+        self._random = random.Random(seed)
+        self._poison = poison
+        self._streams: list[SimulatedStream] = []
+        self._tracker = StorageTracker(self._admit, guard_reads=True)
+        self._activity_depth = 0
+        self._peak_bytes = 0
+        self.expects_backward = False
+        _BackwardWatch.add(self)
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def _admit(self, num_bytes: int) -> None:
+        """Refuses or counts ``num_bytes`` more, whatever they are for."""
+        in_use_bytes = self.model_data_bytes + self._tracker.live_bytes
+        if in_use_bytes + num_bytes > self.capacity_bytes:
+            raise torch.OutOfMemoryError(
+                f"simulated device out of memory: tried to allocate {format_bytes(num_bytes)}; capacity "
+                f"{format_bytes(self.capacity_bytes)}, model data {format_bytes(self.model_data_bytes)}, non-model data "
+                f"{format_bytes(self._tracker.live_bytes)}"
+            )
+        self._peak_bytes = max(self._peak_bytes, in_use_bytes + num_bytes)
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A poisoned buffer that counts against the capacity."""
+        self._admit(numel * dtype.itemsize)
+        with _unwatched():
+            buffer = super().allocate(numel, dtype)
+            self._fill(buffer)
+        self._tracker.exempt(buffer)
+        return buffer
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Poisons and empties the buffer. Copies still queued on it run first, as an allocator would ensure."""
+        for stream in self._streams:
+            stream.run_touching(buffer.untyped_storage().data_ptr())
+        with _unwatched():
+            self._fill(buffer)
+            super().give_back(buffer)
+
+    def take_again(self, buffer: torch.Tensor, numel: int) -> None:
+        """Puts poisoned memory back under the buffer."""
+        self._admit(numel * buffer.dtype.itemsize)
+        with _unwatched():
+            super().take_again(buffer, numel)
+            self._fill(buffer)
+
+    def _fill(self, buffer: torch.Tensor) -> None:
+        if self._poison and buffer.dtype.is_floating_point:
+            buffer.fill_(float("nan"))
+
+    def memory(self) -> DeviceMemory:
+        """Exact figures: every storage is followed."""
+        return DeviceMemory(self.model_data_bytes, self._tracker.live_bytes, self._peak_bytes, self._tracker.peak_bytes)
+
+    def _start_window(self) -> None:
+        self._tracker.reset_peak()
+        self._peak_bytes = self.model_data_bytes + self._tracker.live_bytes
+
+    # -- streams -----------------------------------------------------------------------------------------------------
+
+    def stream(self, name: str) -> Stream:
+        """A new queue."""
+        del name
+        stream = SimulatedStream(self)
+        self._streams.append(stream)
+        return stream
+
+    def something_was_queued(self) -> None:
+        """Lets queued copies run, as the order has it."""
+        if self._order is StreamOrder.IMMEDIATE:
+            self.synchronize()
+        elif self._order is StreamOrder.RANDOM:
+            while self._random.random() < 0.5:
+                pending = [stream for stream in self._streams if stream.num_pending]
+                if not pending:
+                    return
+                self._random.choice(pending).run_one()
+
+    def wait(self, event: Event) -> None:
+        """Computation is issued and run at once, so waiting means running the queue."""
+        event.synchronize()
+
+    def synchronize(self) -> None:
+        """Runs everything queued."""
+        for stream in self._streams:
+            while stream.num_pending:
+                stream.run_one()
+
+    # -- which computation is on the device --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def activity(self) -> Iterator[None]:
+        """Tensors made inside count against the capacity. May be nested."""
+        self._activity_depth += 1
+        try:
+            if self._activity_depth == 1:
+                with self._tracker:
+                    yield
+            else:
+                yield
+        finally:
+            self._activity_depth -= 1
+
+    def bookkeeping(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing made inside counts as activations."""
+        return _unwatched()
+
+    def close(self) -> None:
+        """Stops watching backward passes."""
+        _BackwardWatch.remove(self)
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[None]:
+    with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+        yield
+
+
+class _BackwardWatch:
+    """Puts a user's own ``loss.backward()`` into the activity of the simulated device whose forward it belongs to.
+
+    A real device sees every allocation whoever starts the backward pass. Dispatch modes are captured when the backward
+    pass starts, so the simulated device must be entered around the public entry point.
+    """
+
+    _devices: weakref.WeakSet[SimulatedDevice] = weakref.WeakSet()
+    _original: Callable[..., Any] | None = None
+
+    @classmethod
+    def add(cls, device: SimulatedDevice) -> None:
+        cls._devices.add(device)
+        if cls._original is None:
+            cls._original = torch.autograd.backward
+            torch.autograd.backward = cls._backward
+
+    @classmethod
+    def remove(cls, device: SimulatedDevice) -> None:
+        cls._devices.discard(device)
+        if not cls._devices and cls._original is not None:
+            torch.autograd.backward = cls._original
+            cls._original = None
+
+    @classmethod
+    def _backward(cls, *args: Any, **kwargs: Any) -> None:
+        if cls._original is None:
+            raise RuntimeError("the backward watch was removed while a backward pass started")
+        with contextlib.ExitStack() as stack:
+            for device in list(cls._devices):
+                if device.expects_backward:
+                    stack.enter_context(device.activity())
+            cls._original(*args, **kwargs)

@@ -1,0 +1,79 @@
+"""Bytes of model data per tier and per kind: every persistent buffer goes through here, so the sums can be checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from enum import Enum, unique
+
+import torch
+
+from gemini.arena import HostArena
+from gemini.device import Device
+
+
+@unique
+class Tier(Enum):
+    """A place for bytes."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@unique
+class Kind(Enum):
+    """What a buffer is for."""
+
+    PARAMETERS = "parameters"
+    GATHERED = "gathered"
+    GRADIENTS = "gradients"
+    MASTER = "master"
+    OPTIMIZER = "optimizer"
+
+
+class Store:
+    """Allocates and frees buffers on a tier and counts them by kind."""
+
+    def __init__(self, device: Device, host: HostArena) -> None:
+        self.device = device
+        self.host = host
+        self.bytes_by: Counter[tuple[Tier, Kind]] = Counter()
+
+    def allocate(self, tier: Tier, kind: Kind, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A 1-D buffer.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room.
+            HostMemoryError: the host has no room.
+        """
+        buffer = self.device.allocate(numel, dtype) if tier is Tier.DEVICE else self.host.allocate(numel, dtype)
+        self.bytes_by[tier, kind] += buffer.nbytes
+        return buffer
+
+    def free(self, tier: Tier, kind: Kind, buffer: torch.Tensor) -> None:
+        """Gives a buffer's bytes back. The tensor object must not be read afterwards."""
+        self.bytes_by[tier, kind] -= buffer.nbytes
+        if tier is Tier.DEVICE:
+            self.device.give_back(buffer)
+        else:
+            self.host.release(buffer)
+
+    def tier_bytes(self, tier: Tier) -> int:
+        """Bytes of all kinds on one tier."""
+        return sum(count for (where, _), count in self.bytes_by.items() if where is tier)
+
+    def kinds(self, tier: Tier) -> dict[str, int]:
+        """Bytes per kind on one tier, without the empty ones."""
+        return {kind.value: count for (where, kind), count in self.bytes_by.items() if where is tier and count}
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError if the sums here differ from what device and host have counted."""
+        for name, counted, known in (
+            ("device", self.tier_bytes(Tier.DEVICE), self.device.model_data_bytes),
+            ("host", self.tier_bytes(Tier.HOST), self.host.host_bytes),
+        ):
+            if counted != known:
+                raise RuntimeError(f"{name}: buffers add up to {counted} bytes, the {name} counted {known}")
+        negative = {key: count for key, count in self.bytes_by.items() if count < 0}
+        if negative:
+            raise RuntimeError(f"negative byte counts: {negative}")

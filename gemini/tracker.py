@@ -1,0 +1,93 @@
+"""Follows storages: how many bytes computation holds at any instant, in real or fake tensors.
+
+The simulated device uses it to make activations and temporaries count against its capacity; the dry run uses the same
+code on fake tensors to predict them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in a nest of tuples and lists, which is what operators take and return."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+class StorageTracker(TorchDispatchMode):
+    """A dispatch mode that counts each storage from the operator that makes it to the death of its last tensor.
+
+    Args:
+        admit: called with the bytes of a new storage *before* they are counted; may raise to refuse them.
+        guard_reads: raise when an operator is given a tensor whose storage has been given back. On a CPU that read
+            would end the process, on an accelerator return garbage.
+
+    Attributes:
+        live_bytes: counted now.
+        peak_bytes: highest since :meth:`reset_peak`.
+    """
+
+    def __init__(self, admit: Callable[[int], None], guard_reads: bool = False) -> None:
+        super().__init__()
+        self._admit = admit
+        self._guard_reads = guard_reads
+        self._storages: dict[int, Any] = {}
+        self.live_bytes = 0
+        self.peak_bytes = 0
+
+    def exempt(self, tensor: torch.Tensor) -> None:
+        """Never counts this tensor's storage: it is model data and counted by its owner."""
+        self._remember(tensor.untyped_storage(), 0)
+
+    def reset_peak(self) -> None:
+        """Starts a new window for ``peak_bytes``."""
+        self.peak_bytes = self.live_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operator, then counts storages that are new in its outputs."""
+        if self._guard_reads:
+            _refuse_released(func, args)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            self._note(tensor)
+        return result
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._storages:
+            self._admit(storage.nbytes())
+            self._remember(storage, storage.nbytes())
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _remember(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        key = id(storage)
+        self_reference = weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            tracker = self_reference()
+            if tracker is not None and tracker._storages.pop(key, None) is not None:
+                tracker.live_bytes -= num_bytes
+
+        # PyTorch keeps one Python object per storage as long as the storage lives, so its death is the storage's.
+        self._storages[key] = weakref.ref(storage, forget)
+        self.live_bytes += num_bytes
+
+
+def _refuse_released(func: Any, args: Any) -> None:
+    for tensor in tensors_in(args):
+        if tensor.numel() and tensor.layout is torch.strided and tensor.untyped_storage().nbytes() == 0:
+            if tensor.device.type == "meta":
+                continue
+            raise RuntimeError(
+                f"{func} reads a tensor of shape {tuple(tensor.shape)} whose memory was given back: a view of a "
+                "released parameter was used outside the module that read it"
+            )

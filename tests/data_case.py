@@ -1,0 +1,88 @@
+"""Small things that several data tests use: a config of plain attributes, tokenizers, chat templates."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import settings
+from tokenizers import pre_tokenizers
+
+from zero.data.packing import TokenDataset
+from zero.data.tokenizer import builtin_tokenizer
+
+# Without a deadline: the machine's other work is no failure of ours.
+PROPERTY = settings(max_examples=40, deadline=None)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The same, and it says itself what the assistant's part is (here without the line end after it).
+CHATML_GENERATION = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TALK = (
+    {"role": "system", "content": "Answer in one word."},
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "Paris"},
+    {"role": "user", "content": "And of Peru?"},
+    {"role": "assistant", "content": "Lima, of course."},
+)
+
+
+@cache
+def tokenizer() -> Any:
+    """A small byte-level tokenizer. Shared: do not change it."""
+    return builtin_tokenizer(512)
+
+
+def chat_tokenizer(template: str | None = CHATML, trim_offsets: bool = False) -> Any:
+    """One with the turn marks as special tokens, and a template."""
+    made = builtin_tokenizer(512)
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    if trim_offsets:
+        from tokenizers import processors
+
+        made.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True, add_prefix_space=False)
+    made.chat_template = template
+    return made
+
+
+def ids_of(dataset: TokenDataset) -> list[list[int]]:
+    """The token ids of each sequence."""
+    return [dataset[i]["input_ids"].tolist() for i in range(len(dataset))]
+
+
+def config(train: Any, *, batch: int = 4, seed: int = 0, **data: Any) -> Any:
+    """What `build_dataloaders` reads of a config, with the schema's defaults."""
+    fields = {
+        "eval": None,
+        "dataset_config": None,
+        "train_split": "train",
+        "eval_split": None,
+        "format": "auto",
+        "text_column": None,
+        "seq_length": 64,
+        "packing": True,
+        "loss_on_prompt": False,
+        "eval_fraction": 0.05,
+        "max_samples": None,
+        "shuffle": True,
+        "on_error": "raise",
+        "streaming": False,
+        "num_workers": 0,
+    }
+    unknown = set(data) - set(fields)
+    if unknown:
+        raise KeyError(f"no such field of [data]: {unknown}")
+    return SimpleNamespace(
+        data=SimpleNamespace(train=train, **{**fields, **data}),
+        train=SimpleNamespace(per_device_train_batch_size=batch, per_device_eval_batch_size=batch, seed=seed),
+    )

@@ -1,0 +1,183 @@
+"""Tables about the machine: device, memory, precision, parallel."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from zero.config.types import (
+    Allowed,
+    ByteAmount,
+    Fraction,
+    Growth,
+    PositiveInt,
+    PositiveNumber,
+    Section,
+    Seed,
+    Shrink,
+    Text,
+)
+
+
+class DeviceSection(Section):
+    """The accelerator that computes, and how much of its memory this run may take."""
+
+    type: Literal["auto", "cuda", "cpu", "simulated"] = "auto"
+    """Which device. `auto` takes the accelerator there is, else the CPU. `simulated` is a stand-in with a fixed
+    capacity that needs no accelerator and makes every missing wait or wrong placement show."""
+
+    memory: ByteAmount | None = None
+    """Cap on device memory in bytes, such as "6GiB". Unset: all that is free. On a real accelerator the allocator
+    enforces it, so that a small card can be tried out on a large one; `simulated` needs it."""
+
+    streams: Literal["procrastinating", "random", "immediate"] = "procrastinating"
+    """When the simulated device carries out queued copies: only when a wait forces them, in a random legal order, or
+    at once. The results must not differ. Only with type = "simulated"."""
+
+    stream_seed: Seed = 0
+    """Seed of the order that streams = "random" picks. Only with type = "simulated"."""
+
+    poison: bool = True
+    """Fill released memory of the simulated device with NaN, so that reading it is noticed. Only with type =
+    "simulated"."""
+
+
+class MemorySection(Section):
+    """Where parameters, gradients and optimizer states live."""
+
+    policy: Literal["auto", "cuda", "cpu", "static"] = "auto"
+    """How placement is decided. `auto` records one step and takes the fastest placement that fits; `cuda` keeps all on
+    the device; `cpu` keeps all on the host and fetches what is computed with; `static` keeps the fractions below."""
+
+    resident_parameters: Fraction = 0.0
+    """Fraction of the parameter bytes that stays on the device, 0 to 1. Only with policy = "static"."""
+
+    resident_optimizer: Fraction = 0.0
+    """Fraction of the optimizer-state bytes that lives and is updated on the device, 0 to 1. Only with policy =
+    "static"."""
+
+    host: ByteAmount | None = None
+    """Budget of host memory in bytes, such as "48GiB". Unset: what the machine or its container leaves free."""
+
+    disk: Text | None = None
+    """Folder for what neither device nor host can hold. Unset: nothing goes to disk."""
+
+    chunk: ByteAmount = 64 * 2**20
+    """Largest chunk in bytes. Larger ones use the link better, smaller ones fit a smaller device; a parameter larger
+    than this gets a chunk of its own."""
+
+    pin: bool = True
+    """Lock host memory so that copies to and from the device run beside computing. Turn off where locked memory is
+    limited; a device without such copies ignores it."""
+
+
+_LATER_STATES = {
+    "split": "the fp32 master stored as two 16-bit halves",
+    "bf16": "optimizer states in bf16",
+    "8bit": "optimizer states in 8 bits",
+}
+
+
+def _state_of_this_version(value: Any) -> Any:
+    """Refuses what the schema names but this version does not do."""
+    if isinstance(value, str) and value in _LATER_STATES:
+        raise ValueError(f'{_LATER_STATES[value]}: not in this version; use "fp32"')
+    return value
+
+
+class PrecisionSection(Section):
+    """Number formats and the loss scale."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Format of parameters and computing. With bf16 and fp16 the optimizer keeps an fp32 master copy; fp16 also scales
+    the loss. `fp32` does what plain PyTorch does."""
+
+    initial_scale: PositiveNumber = 65536.0
+    """Loss scale of the first step. Only with dtype = "fp16"."""
+
+    growth_factor: Growth = 2.0
+    """The scale is multiplied by this after growth_interval steps without overflow. Only with dtype = "fp16"."""
+
+    backoff_factor: Shrink = 0.5
+    """The scale is multiplied by this after an overflow. Only with dtype = "fp16"."""
+
+    growth_interval: PositiveInt = 1000
+    """Steps without overflow before the scale grows. Only with dtype = "fp16"."""
+
+    hysteresis: PositiveInt = 2
+    """Overflows in a row before the scale shrinks; every one of them skips its step. Only with dtype = "fp16"."""
+
+    min_scale: PositiveNumber = 1.0
+    """The scale never falls below this. Only with dtype = "fp16"."""
+
+    max_scale: PositiveNumber = 2.0**32
+    """The scale never rises above this. Only with dtype = "fp16"."""
+
+    optimizer_state: Annotated[
+        Literal["fp32"], BeforeValidator(_state_of_this_version), Allowed("fp32 (split, bf16 and 8bit come later)")
+    ] = "fp32"
+    """Format of master weights and moments on the host."""
+
+
+def _mode_of_this_version(value: Any) -> Any:
+    if value == "sequence":
+        raise ValueError("sequence parallelism is not in this version; use none, 1d, 2d, 2.5d or 3d")
+    return value
+
+
+class TensorSection(Section):
+    """How single layers are split over ranks."""
+
+    mode: Annotated[Literal["none", "1d", "2d", "2.5d", "3d"], BeforeValidator(_mode_of_this_version)] = "none"
+    """Shape of the split: a row of ranks, a square, `depth` squares, or a cube."""
+
+    size: PositiveInt = 1
+    """Number of ranks that share each layer: a square number for 2d, depth times a square for 2.5d, a cube for 3d."""
+
+    depth: PositiveInt = 1
+    """Number of squares. Only with mode = "2.5d"."""
+
+
+class ParallelSection(Section):
+    """How the ranks are divided. Their number is data x pipeline x tensor.size."""
+
+    data: PositiveInt | None = None
+    """Number of groups that work on different data. Unset: as many as the ranks allow."""
+
+    pipeline: PositiveInt = 1
+    """Number of stages the layers are divided into, one after the other."""
+
+    tensor: TensorSection = TensorSection()
+    """How single layers are split over ranks: {mode, size, depth}."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Number of ranks that hold one copy of the model together."""
+        return self.pipeline * self.tensor.size
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks this table asks for: data x pipeline x tensor.size, an unset `data` counted as 1."""
+        return (self.data or 1) * self.model_ranks
+
+    def data_ranks(self, num_ranks: int) -> int:
+        """Number of data-parallel groups among the ranks that really run.
+
+        Args:
+            num_ranks: Number of ranks of the run.
+
+        Returns:
+            `data`, or what the ranks allow where it is unset.
+
+        Raises:
+            ValueError: If the ranks cannot be divided as asked; the message says what would do.
+        """
+        found, rest = divmod(num_ranks, self.model_ranks)
+        if rest or (self.data is not None and found != self.data):
+            wanted = str(self.world_size) if self.data else f"a multiple of {self.model_ranks}"
+            asked = f"data {self.data or 'unset'} x pipeline {self.pipeline} x tensor {self.tensor.size}"
+            raise ValueError(
+                f"parallel asks for {asked}, but {num_ranks} ranks run: start {wanted} ranks or change [parallel]"
+            )
+        return found

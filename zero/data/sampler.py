@@ -1,0 +1,88 @@
+"""The order of samples, and where in it training is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+from zero.errors import DataError
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -> npt.NDArray[np.int64]:
+    """The samples' order in an epoch, [num_samples]: a function of its arguments alone, no global random state."""
+    if not shuffle:
+        return np.arange(num_samples, dtype=np.int64)
+    # A seed may be any int; the sequence mixes words, so that (seed 0, epoch 1) and (seed 1, epoch 0) differ.
+    words = np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch])
+    return np.random.Generator(np.random.PCG64(words)).permutation(num_samples).astype(np.int64, copy=False)
+
+
+class ResumableSampler(Sampler[int]):
+    """Hands out sample indices in each epoch's own order, and can go on from any place in it.
+
+    Each ``iter`` goes on from the present place to the end of the epoch; the next one is the next epoch. A loader that
+    reads ahead takes more from here than it has delivered: its own state counts (see ``ResumableLoader``).
+
+    Attributes:
+        num_samples: Samples in an epoch.
+        seed: With the epoch, settles the order.
+        epoch: The present one, from 0.
+        index: Samples of it handed out so far.
+        shuffle: False: every epoch goes through the samples in order.
+    """
+
+    def __init__(self, num_samples: int, seed: int = 0, epoch: int = 0, index: int = 0, shuffle: bool = True) -> None:
+        if num_samples < 1:
+            raise DataError(f"data: {num_samples} samples; at least one is needed")
+        self.num_samples = num_samples
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        self.index = 0
+        self.seek(epoch, index)
+
+    def __len__(self) -> int:
+        """Samples of a whole epoch, also where the present one is partly done."""
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        order = epoch_order(self.num_samples, self.seed, self.epoch, self.shuffle)
+        while self.index < self.num_samples:
+            self.index += 1
+            yield int(order[self.index - 1])
+        self.seek(self.epoch, self.index)
+
+    def seek(self, epoch: int, index: int) -> None:
+        """Goes to a place; the end of an epoch is the start of the next.
+
+        Raises:
+            DataError: There is no such place.
+        """
+        if epoch < 0 or not 0 <= index <= self.num_samples:
+            raise DataError(f"data: epoch {epoch}, sample {index}: there are {self.num_samples} samples in an epoch")
+        self.epoch, self.index = (epoch + 1, 0) if index == self.num_samples else (epoch, index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and index, and what they mean something for."""
+        state = {"epoch": self.epoch, "index": self.index}
+        if self.index == self.num_samples:
+            state = {"epoch": self.epoch + 1, "index": 0}
+        return {**state, "num_samples": self.num_samples, "seed": self.seed, "shuffle": self.shuffle}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to where ``state`` was taken.
+
+        Raises:
+            DataError: It was taken over another number of samples, seed or shuffling: the place means nothing here.
+        """
+        for name in ("num_samples", "seed", "shuffle"):
+            if name in state and state[name] != getattr(self, name):
+                raise DataError(
+                    f"data: the checkpoint was written with {name} = {state[name]}, this run has "
+                    f"{getattr(self, name)}: it cannot go on from there. Use the same data and settings, or start anew"
+                )
+        self.seek(int(state["epoch"]), int(state["index"]))

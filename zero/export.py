@@ -1,0 +1,138 @@
+"""Plain safetensors out: a Hugging Face folder that loads without this project, written piece by piece."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gemini.chunk import ChunkTensor
+from gemini.manager import Manager
+
+SHARD_BYTES = 2 << 30
+"""Most bytes of one file, and so of host memory that writing takes."""
+
+
+class StateDictHook:
+    """Makes ``model.state_dict()`` return real values (host copies), tied names sharing one tensor.
+
+    Without it a user's own ``torch.save(model.state_dict())`` would write the NaN placeholders of released parameters.
+    """
+
+    def __init__(self, root: nn.Module, tensors: dict[int, ChunkTensor], manager: Manager) -> None:
+        self._root = root
+        self._tensors = tensors
+        self._manager = manager
+        # Plain functions: torch marks hooks with an attribute, which a bound method cannot carry.
+        self._handle = root.register_state_dict_post_hook(lambda *args: self._fill(*args))
+        self._load_handle = root.register_load_state_dict_pre_hook(lambda *args: self._refuse_load(*args))
+
+    def remove(self) -> None:
+        """Leaves ``state_dict`` as it was."""
+        self._handle.remove()
+        self._load_handle.remove()
+
+    def _fill(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        del metadata
+        self._manager.settle_idle_reads()
+        copies: dict[int, torch.Tensor] = {}
+        for name, parameter in module.named_parameters(prefix=prefix.rstrip("."), remove_duplicate=False):
+            tensor = self._tensors.get(id(parameter))
+            if name in state and tensor is not None:
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = tensor.chunk.values_of(tensor)
+                state[name] = copies[id(tensor)]
+
+    @staticmethod
+    def _refuse_load(*_: Any) -> None:
+        raise RuntimeError(
+            "load_state_dict() on a managed model would write into released memory; write inside "
+            "`with engine.gathered_parameters():`, or load before zero.initialize()"
+        )
+
+
+def tensors_to_save(module: nn.Module, tensors: dict[int, ChunkTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values for a folder: each tied parameter once, then persistent buffers. Values are made one at a time."""
+    names: dict[int, list[str]] = {}
+    owners: dict[int, nn.Parameter] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        owners[id(parameter)] = parameter
+    targets = _tied_targets(module)
+    for key, group in names.items():
+        name = next((n for n in group if n not in targets), group[0])
+        tensor = tensors.get(key)
+        yield name, tensor.chunk.values_of(tensor) if tensor is not None else owners[key].detach().cpu()
+    persistent = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, child in module.named_modules()
+        for name in child._buffers
+        if name not in child._non_persistent_buffers_set
+    }
+    for name, buffer in module.named_buffers():
+        if name in persistent:
+            yield name, buffer.detach().cpu()
+
+
+def _tied_targets(module: nn.Module) -> set[str]:
+    """Names that a Hugging Face model leaves out of its files because loading ties them."""
+    tied = getattr(module, "all_tied_weights_keys", None) or getattr(module, "_tied_weights_keys", None) or ()
+    return set(tied)
+
+
+def write_safetensors(tensors: Iterator[tuple[str, torch.Tensor]], directory: Path) -> None:
+    """Writes ``model.safetensors``, or numbered shards and an index where one file would pass :data:`SHARD_BYTES`."""
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = total_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes
+        save_file(pending, directory / f"shard-{len(shards):05d}.tmp", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending, pending_bytes = {}, 0
+
+    for name, value in tensors:
+        if pending and pending_bytes + value.nbytes > SHARD_BYTES:
+            flush()
+        pending[name] = value.contiguous()
+        pending_bytes += value.nbytes
+        total_bytes += value.nbytes
+    flush()
+    if len(shards) == 1:
+        (directory / "shard-00000.tmp").rename(directory / "model.safetensors")
+        return
+    index = {}
+    for number, shard in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"shard-{number:05d}.tmp").rename(directory / file)
+        index.update(dict.fromkeys(shard, file))
+    text = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": index}, indent=2)
+    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def save_pretrained(module: nn.Module, tensors: dict[int, ChunkTensor], directory: Path) -> None:
+    """Writes config, generation config and weights.
+
+    A PEFT model writes its adapter, as it would by itself. A module that is no Hugging Face model writes weights only.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if hasattr(module, "peft_config"):
+        module.save_pretrained(directory)  # small: reads through state_dict(), which the hook fills
+        return
+    config = getattr(module, "config", None)
+    if config is not None and hasattr(config, "save_pretrained"):
+        dtype = next((t.chunk.layout.dtype for t in tensors.values()), torch.float32)
+        before = getattr(config, "dtype", None), config.architectures
+        config.dtype, config.architectures = dtype, [type(module).__name__]
+        config.save_pretrained(directory)
+        config.dtype, config.architectures = before
+    generation = getattr(module, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(directory)
+    write_safetensors(tensors_to_save(module, tensors), directory)

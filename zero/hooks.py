@@ -1,0 +1,269 @@
+"""When a module runs, a parameter is read, a backward starts: tell the manager.
+
+What stands where:
+
+- ``module._parameters`` is watched, so a parameter read *anywhere* (``F.linear(x, self.embed.weight)``) is fetched and
+  held for the module that runs at that moment;
+- forward pre and post hooks on every module keep the stack of running modules; what a module returns of its
+  parameters stays held by its caller;
+- saved-tensor hooks replace what autograd saves of a released-able parameter by a note, and fetch when it is unpacked;
+- ``register_multi_grad_hook`` on a unit's outputs says its backward begins, on its inputs that it is over;
+- ``register_post_accumulate_grad_hook`` hands each finished gradient over.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from gemini.chunk import ChunkTensor
+from gemini.manager import Manager, Phase
+from zero.units import Unit
+
+
+class WatchedParameters(dict[str, Any]):
+    """A module's ``_parameters`` that says when one of them is read by name.
+
+    Walks over ``items()`` and ``values()`` (``named_parameters``, ``state_dict``) are not reads.
+    """
+
+    def __init__(self, parameters: dict[str, Any], on_read: Callable[[torch.Tensor], None]) -> None:
+        super().__init__(parameters)
+        self._on_read = on_read
+
+    def __getitem__(self, name: str) -> Any:
+        """The parameter, on the device and held."""
+        parameter = super().__getitem__(name)
+        if parameter is not None:
+            self._on_read(parameter)
+        return parameter
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are ordinary dictionaries."""
+        return dict, (dict(self.items()),)
+
+
+@dataclass(frozen=True)
+class SavedView:
+    """What autograd keeps in place of a view of a released-able parameter."""
+
+    tensor: ChunkTensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class ModelHooks:
+    """Installs and removes every hook on a model.
+
+    Args:
+        root: the user's model.
+        units: from :func:`zero.units.find_units`.
+        manager: told of everything.
+        tensors: chunk tensors by ``id`` of their parameter.
+        on_pass: called when a pass begins, before anything runs: ``on_pass(training, batch_numel)``.
+        on_backward_end: called when a backward pass is over.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        units: list[Unit],
+        manager: Manager,
+        tensors: dict[int, ChunkTensor],
+        on_pass: Callable[[bool, int], None],
+        on_backward_end: Callable[[], None],
+    ) -> None:
+        self._root = root
+        self._manager = manager
+        self._tensors = tensors
+        self._on_pass = on_pass
+        self._on_backward_end = on_backward_end
+        self._unit_labels = {id(unit.module): unit.label for unit in units}
+        self._names = {id(module): name or "model" for name, module in root.named_modules()}
+        self._running_units: list[str] = []
+        self._depth = 0
+        self._pass_context: Any = None
+        self._outer_error: BaseException | None = None
+        self._handles: list[Any] = []
+        self._callback_queued = False
+        self._install()
+
+    # -- installing --------------------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        for module in self._root.modules():
+            if module._parameters:
+                module.__dict__["_parameters"] = WatchedParameters(module._parameters, self._on_read)
+            self._handles += [
+                module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
+                module.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+            ]
+        for tensor in self._tensors.values():
+            if tensor.chunk.layout.trainable:
+                self._handles.append(tensor.parameter.register_post_accumulate_grad_hook(self._gradient_ready))
+
+    def remove(self) -> None:
+        """Leaves the model without any of our hooks; parameters stay where they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in self._root.modules():
+            if isinstance(module._parameters, WatchedParameters):
+                module.__dict__["_parameters"] = dict(module._parameters.items())
+
+    # -- reads -------------------------------------------------------------------------------------------------------
+
+    def _on_read(self, parameter: torch.Tensor) -> None:
+        tensor = self._tensors.get(id(parameter))
+        if tensor is not None:
+            self._manager.read(tensor, self._running_units[-1] if self._running_units else None)
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        moved = None
+        if self._depth == 0:
+            moved = self._begin(args, kwargs)
+            args, kwargs = moved
+        self._depth += 1
+        self._manager.enter(self._names[id(module)])
+        label = self._unit_labels.get(id(module))
+        if label is not None:
+            self._running_units.append(label)
+            if self._manager.phase is Phase.FORWARD:
+                self._manager.begin_moment(label, "forward")
+            self._watch_backward_end(label, args, kwargs)
+        return moved
+
+    def _begin(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The outermost module of a pass starts. A forward inside a backward is a recomputation, not a pass."""
+        if _inside_backward():
+            self._enter_backward()
+            return args, kwargs
+        device = self._manager.device
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device.torch_device), (args, kwargs))
+        training = torch.is_grad_enabled() and any(t.chunk.layout.trainable for t in self._tensors.values())
+        self._callback_queued = False  # a backward pass that failed never told us of its end
+        self._outer_error = sys.exc_info()[1]
+        self._on_pass(training, _largest_numel((args, kwargs)))
+        self._pass_context = device.activity()
+        self._pass_context.__enter__()
+        self._saving = saved_tensors_hooks(self._pack, self._unpack) if training else None
+        if self._saving is not None:
+            self._saving.__enter__()
+        return args, kwargs
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        del args, kwargs
+        returned = list(_tensors(output))
+        self._manager.leave(returned)
+        self._depth -= 1
+        label = self._unit_labels.get(id(module))
+        if label is not None:
+            self._running_units.pop()
+            self._watch_backward_begin(label, returned)
+        if self._depth == 0 and self._pass_context is not None:
+            self._end(returned)
+
+    def _end(self, returned: list[torch.Tensor]) -> None:
+        """The outermost module has ended, well or by an exception."""
+        if self._saving is not None:
+            self._saving.__exit__(None, None, None)
+        context, self._pass_context = self._pass_context, None
+        context.__exit__(None, None, None)
+        error = sys.exc_info()[1]
+        if error is not None and error is not self._outer_error:
+            self._running_units.clear()
+            self._manager.abort_pass()
+            return
+        self._manager.end_forward_pass()
+        if self._manager.training_pass:
+            self._manager.device.expects_backward = True
+            wanted = [tensor for tensor in returned if tensor.requires_grad]
+            if wanted:
+                register_multi_grad_hook(wanted, lambda _: self._enter_backward(), mode="any")
+
+    # -- what autograd saves -----------------------------------------------------------------------------------------
+
+    def _pack(self, saved: torch.Tensor) -> Any:
+        tensor = self._manager.owner(saved)
+        if tensor is None or saved.dtype != tensor.chunk.layout.dtype:
+            return saved
+        return SavedView(tensor, saved.shape, saved.stride(), saved.storage_offset())
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if not isinstance(packed, SavedView):
+            return packed  # type: ignore[no-any-return]
+        if _inside_backward():
+            self._enter_backward()
+        self._manager.unpack(packed.tensor)
+        return packed.tensor.chunk.buffer.as_strided(packed.shape, packed.stride, packed.offset)
+
+    # -- backward ----------------------------------------------------------------------------------------------------
+
+    def _watch_backward_begin(self, label: str, returned: list[torch.Tensor]) -> None:
+        wanted = [tensor for tensor in returned if tensor.requires_grad and not tensor.is_leaf]
+        if wanted and torch.is_grad_enabled():
+            register_multi_grad_hook(wanted, lambda _: self._unit_backward_begins(label), mode="any")
+
+    def _watch_backward_end(self, label: str, args: Any, kwargs: Any) -> None:
+        wanted = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
+        if wanted and torch.is_grad_enabled():
+            register_multi_grad_hook(wanted, lambda _: self._manager.end_unit_backward(label), mode="all")
+
+    def _unit_backward_begins(self, label: str) -> None:
+        self._enter_backward()
+        self._manager.begin_unit_backward(label)
+
+    def _enter_backward(self) -> None:
+        """The first sign of a backward pass: be told of its end, too."""
+        if self._manager.phase is not Phase.BACKWARD:
+            self._manager.begin_backward()
+        if not self._callback_queued:
+            self._callback_queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)  # type: ignore[attr-defined]
+
+    def _backward_ended(self) -> None:
+        self._callback_queued = False
+        self._manager.device.expects_backward = False
+        self._on_backward_end()
+
+    def backward_failed(self) -> None:
+        """A backward pass ended in an exception: autograd ran no callback."""
+        self._callback_queued = False
+        self._manager.device.expects_backward = False
+
+    def _gradient_ready(self, parameter: torch.Tensor) -> None:
+        gradient = torch.Tensor.grad.__get__(parameter)  # type: ignore[attr-defined]
+        if gradient is None:
+            return
+        if _inside_backward():
+            self._enter_backward()
+        # Ours now: the slot or the owner's buffer holds it, and autograd starts afresh next time.
+        torch.Tensor.grad.__set__(parameter, None)  # type: ignore[attr-defined]
+        self._manager.take_gradient(self._tensors[id(parameter)], gradient)
+
+
+def _inside_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors anywhere in a module's arguments or result: nests, dataclasses' dictionaries, Hugging Face outputs."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)) and not callable(leaf):
+            yield from (item for item in vars(leaf).values() if isinstance(item, torch.Tensor))
+
+
+def _largest_numel(value: Any) -> int:
+    return max((tensor.numel() for tensor in _tensors(value)), default=0)

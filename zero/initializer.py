@@ -1,0 +1,86 @@
+"""``zero.initialize``: the user's model, optimizer and loaders in, an engine around them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zero.config.loading import load_config
+from zero.config.schema import Config
+from zero.engine import Engine
+from zero.errors import UserError
+from zero.launcher import current_config
+from zero.loader import LoaderView
+from zero.optim.native import NativeKernel, load_native, native_status
+from zero.setup import make_device
+
+_NATIVE = (torch.optim.AdamW, torch.optim.Adam)
+
+
+def initialize(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    criterion: Callable[..., Any] | None = None,
+    train_dataloader: Any = None,
+    test_dataloader: Any = None,
+    lr_scheduler: Any = None,
+    config: Config | Mapping[str, Any] | str | Path | None = None,
+) -> tuple[Engine, Any, Any, Any]:
+    """Takes a model over.
+
+    Args:
+        model: any ``torch.nn.Module``; it stays the object you call, and its parameters stay the same objects.
+        optimizer: any elementwise ``torch.optim`` optimizer over the model's parameters.
+        criterion: kept as ``engine.criterion``.
+        train_dataloader: returned ready to iterate; the engine learns from it when an epoch ends.
+        test_dataloader: returned as it is.
+        lr_scheduler: built on ``optimizer``; returned as it is, and drives the engine.
+        config: path, dict or Config; by default what ``launch()`` read, else all defaults.
+
+    Returns:
+        ``(engine, train_dataloader, test_dataloader, lr_scheduler)``, None where none was given.
+
+    Raises:
+        UserError: something given cannot work; the message says what to do.
+        gemini.plan.DoesNotFitError: model data alone is more than the device may hold under the chosen policy.
+    """
+    resolved = load_config(config) if config is not None else current_config()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model: a torch.nn.Module is needed, {type(model).__name__} was given")
+    kernel = choose_kernel(resolved, optimizer)
+    engine = Engine(model, optimizer, criterion, resolved, make_device(resolved), kernel)
+    train = LoaderView(train_dataloader, engine.end_of_loader) if train_dataloader is not None else None
+    return engine, train, test_dataloader, lr_scheduler
+
+
+def choose_kernel(config: Config, optimizer: torch.optim.Optimizer | None) -> NativeKernel | None:
+    """The native kernel where it was asked for or is of use, else None: torch's own arithmetic.
+
+    Raises:
+        UserError: ``optimizer.kernel = "native"`` cannot be had.
+    """
+    wish = config.optimizer.kernel
+    if wish == "torch" or optimizer is None:
+        return None
+    reason = _not_native(optimizer)
+    kernel = load_native() if reason is None else None
+    if wish == "native" and kernel is None:
+        raise UserError(f'optimizer.kernel = "native": {reason or native_status()}; use "auto" or "torch"')
+    return kernel
+
+
+def _not_native(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why the native kernel does not do what this optimizer does; None if it does."""
+    if type(optimizer) not in _NATIVE:
+        return f"the native kernel is AdamW and Adam, the optimizer is {type(optimizer).__name__}"
+    for group in optimizer.param_groups:
+        for option in ("amsgrad", "capturable", "differentiable"):
+            if group.get(option):
+                return f"the native kernel has no {option}"
+        if any(isinstance(group[key], torch.Tensor) for key in ("lr",)):
+            return "the native kernel takes lr as a number, not a tensor"
+    return None

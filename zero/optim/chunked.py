@@ -1,0 +1,170 @@
+"""The user's optimizer over chunks: a ``torch.optim.Optimizer`` to the eye, a chunk-by-chunk update inside."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gemini.chunk import ChunkTensor
+from gemini.manager import Manager
+from zero.errors import UserError
+from zero.optim.elementwise import require_elementwise
+from zero.optim.update import ChunkUpdater
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """What ``engine.optimizer`` is.
+
+    It shares ``param_groups`` with the user's optimizer (the same list), so schedulers built on either drive it, and
+    the user's own object forwards ``step`` to it.
+
+    Args:
+        optimizer: the user's.
+        manager: owns the chunks.
+        tensors: chunk tensors by ``id`` of their parameter.
+        updater: does the arithmetic.
+        on_step: the engine's step.
+        on_zero_grad: the engine's zero_grad.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        manager: Manager,
+        tensors: dict[int, ChunkTensor],
+        updater: ChunkUpdater,
+        on_step: Callable[[], None],
+        on_zero_grad: Callable[[], None],
+    ) -> None:
+        # Not Optimizer.__init__: groups, defaults and hooks are the user's optimizer's own.
+        self.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k not in ("step", "state")})
+        self._tensors = tensors
+        self._manager = manager
+        self.updater = updater
+        self._on_step = on_step
+        self._on_zero_grad = on_zero_grad
+        self._import_state(optimizer)
+        optimizer.step = types.MethodType(lambda _, closure=None: self.step(closure), optimizer)  # type: ignore[method-assign]
+        optimizer.zero_grad = types.MethodType(lambda _, set_to_none=True: self.zero_grad(set_to_none), optimizer)  # type: ignore[method-assign]
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step, or nothing inside an accumulation window.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; run once before the update, as torch's optimizers do.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._on_step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets gradients, at the border of an accumulation window."""
+        del set_to_none
+        self._on_zero_grad()
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> dict[torch.Tensor, dict[str, Any]]:  # type: ignore[override]
+        """Host copies of each parameter's states, as torch's optimizers name them. Writing to them changes nothing."""
+        return {t.parameter: s for t in self._trained() if (s := self._state_of(t))}
+
+    def _trained(self) -> list[ChunkTensor]:
+        return [self._tensors[id(p)] for group in self.param_groups for p in group["params"] if id(p) in self._tensors]
+
+    def _state_of(self, tensor: ChunkTensor) -> dict[str, Any]:
+        scalars = self.updater.scalars.get(tensor)
+        if scalars is None:
+            return {}
+        state = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in scalars.items()}
+        for key in self.updater.keys:
+            if all(key in segment.companions for segment, _, _ in self._pieces(tensor)):
+                state[key] = tensor.chunk.companion_of(tensor, key)
+        return state
+
+    @staticmethod
+    def _pieces(tensor: ChunkTensor) -> Any:
+        return tensor.chunk.pieces(tensor.entry.offset, tensor.entry.stop)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The format of ``torch.optim.Optimizer.state_dict``, with whole states of each parameter on the host."""
+        index = 0
+        groups, state = [], {}
+        for group in self.param_groups:
+            numbers = []
+            for parameter in group["params"]:
+                tensor = self._tensors.get(id(parameter))
+                if tensor is not None and (values := self._state_of(tensor)):
+                    state[index] = values
+                numbers.append(index)
+                index += 1
+            groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`, of this optimizer or of a plain torch one over the same parameters.
+
+        Raises:
+            UserError: the groups do not match.
+        """
+        groups = state_dict["param_groups"]
+        lengths = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
+        if lengths[0] != lengths[1]:
+            raise UserError(f"optimizer state has groups of {lengths[0]} parameters, the optimizer has {lengths[1]}")
+        for mine, theirs in zip(self.param_groups, groups, strict=True):
+            mine.update({key: value for key, value in theirs.items() if key != "params"})
+            for parameter, number in zip(mine["params"], theirs["params"], strict=True):
+                tensor = self._tensors.get(id(parameter))
+                if tensor is not None and number in state_dict["state"]:
+                    self._write_state(tensor, state_dict["state"][number])
+
+    def _write_state(self, tensor: ChunkTensor, state: dict[str, Any]) -> None:
+        scalars: dict[str, Any] = {}
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                self.updater.keys.setdefault(key, value.dtype)
+                tensor.chunk.write_companion(tensor, key, value.detach())
+            else:
+                scalars[key] = value.clone() if isinstance(value, torch.Tensor) else value
+        self.updater.scalars[tensor] = scalars
+
+    def _import_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """States that the user's optimizer holds already (Adagrad's from the start, others after steps) move in."""
+        for parameter, state in list(optimizer.state.items()):
+            tensor = self._tensors.get(id(parameter))
+            if tensor is not None and state:
+                self._write_state(tensor, state)
+        optimizer.state.clear()
+
+    def __repr__(self) -> str:
+        return f"ZeroOptimizer({len(self.param_groups)} groups, {len(self._trained())} parameters)"
+
+
+def map_groups(
+    optimizer: torch.optim.Optimizer, tensors: dict[int, ChunkTensor], names: dict[int, str]
+) -> dict[ChunkTensor, dict[str, Any]]:
+    """The parameter group of each trainable chunk tensor.
+
+    Raises:
+        UserError: the optimizer is not elementwise, or holds parameters that are not the model's.
+    """
+    require_elementwise(optimizer)
+    groups: dict[ChunkTensor, dict[str, Any]] = {}
+    for position, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            tensor = tensors.get(id(parameter))
+            if tensor is None and id(parameter) not in names:
+                raise UserError(
+                    f"optimizer: group {position} holds a parameter of shape {tuple(parameter.shape)} that is not one of "
+                    "the model's; build the optimizer over model.parameters() of the model given to initialize()"
+                )
+            if tensor is not None and tensor.chunk.layout.trainable:
+                groups[tensor] = group
+    return groups
+

@@ -1,0 +1,118 @@
+"""Numbers that must not go wrong: the dynamic loss scale, the global norm, the finite check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemini.chunk import ChunkTensor
+from gemini.segment import GRADIENT
+
+
+@dataclass
+class LossScaler:
+    """The dynamic loss scale of fp16; a constant 1 for other dtypes.
+
+    An overflow skips the step. After ``hysteresis`` overflows without a growth in between the scale is multiplied by
+    ``backoff_factor``; after ``growth_interval`` clean steps in a row by ``growth_factor``.
+    """
+
+    enabled: bool
+    scale: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 1000
+    hysteresis: int = 2
+    min_scale: float = 1.0
+    max_scale: float = 2.0**32
+    num_clean_steps: int = 0
+    num_overflows: int = 0
+
+    def __post_init__(self) -> None:
+        """Without fp16 there is nothing to scale."""
+        if not self.enabled:
+            self.scale = 1.0
+
+    def update(self, overflow: bool) -> None:
+        """Takes note of a step that overflowed, or of one that did not."""
+        if not self.enabled:
+            return
+        if overflow:
+            self.num_clean_steps = 0
+            self.num_overflows += 1
+            if self.num_overflows >= self.hysteresis:
+                self.scale = max(self.min_scale, self.scale * self.backoff_factor)
+            return
+        self.num_clean_steps += 1
+        if self.num_clean_steps == self.growth_interval:
+            self.num_clean_steps = 0
+            self.num_overflows = 0
+            self.scale = min(self.max_scale, self.scale * self.growth_factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs."""
+        return {"scale": self.scale, "num_clean_steps": self.num_clean_steps, "num_overflows": self.num_overflows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.scale = float(state["scale"])
+        self.num_clean_steps = int(state["num_clean_steps"])
+        self.num_overflows = int(state["num_overflows"])
+
+
+@dataclass(frozen=True)
+class GradientStatistics:
+    """Of all gradients of a step, unscaled.
+
+    Attributes:
+        norm: global 2-norm before clipping; 0 where no parameter had a gradient.
+        finite: every element is finite.
+    """
+
+    norm: float
+    finite: bool
+
+
+def gradient_pieces(tensor: ChunkTensor) -> list[torch.Tensor]:
+    """1-D gradient buffers of one parameter, in order; two where a segment border runs through it."""
+    entry = tensor.entry
+    return [
+        segment.companions[GRADIENT][left - segment.start : right - segment.start]
+        for segment, left, right in tensor.chunk.pieces(entry.offset, entry.stop)
+    ]
+
+
+def gradient_statistics(tensors: Iterable[ChunkTensor], inverse_scale: float) -> GradientStatistics:
+    """The norm as ``torch.nn.utils.clip_grad_norm_`` computes it: per parameter in fp32, then over the norms.
+
+    Args:
+        tensors: all parameters in the order of ``model.parameters()``; those without a gradient are passed over.
+        inverse_scale: 1 / loss scale.
+    """
+    norms, finite = [], True
+    for tensor in tensors:
+        if not tensor.has_gradient:
+            continue
+        pieces = gradient_pieces(tensor)
+        flat = pieces[0] if len(pieces) == 1 else torch.cat([piece.cpu() for piece in pieces])
+        gradient = flat.to(torch.float32)
+        if inverse_scale != 1.0:
+            gradient = gradient * inverse_scale
+        norm = torch.linalg.vector_norm(gradient)
+        # A norm can overflow where no element did: only then look at the elements.
+        finite = finite and bool(torch.isfinite(norm) or torch.isfinite(gradient).all())
+        norms.append(norm.cpu())
+    if not norms:
+        return GradientStatistics(0.0, True)
+    return GradientStatistics(float(torch.linalg.vector_norm(torch.stack(norms))), finite)
+
+
+def clip_coefficient(norm: float, max_norm: float | None) -> float:
+    """What gradients are multiplied by; computed in fp32 like torch's, and 1 without clipping."""
+    if max_norm is None:
+        return 1.0
+    coefficient = max_norm / (torch.tensor(norm, dtype=torch.float32) + 1e-6)
+    return float(torch.clamp(coefficient, max=1.0))

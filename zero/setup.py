@@ -1,0 +1,177 @@
+"""From a config and a model to device, chunks and manager: everything that stands before the first step."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gemini.arena import HostArena
+from gemini.chunk import Chunk, ChunkTensor
+from gemini.device import AcceleratorDevice, Device, HostDevice
+from gemini.layout import ParameterSpec, UnitSpec, build_layout
+from gemini.manager import Manager
+from gemini.plan import ChunkFacts, chunk_facts
+from gemini.policy import Policy
+from gemini.simulated import SimulatedDevice, StreamOrder
+from gemini.store import Store
+from gemini.transfer import Transfer
+from zero.config.schema import Config
+from zero.errors import UserError
+from zero.gradient import ManagedParameter, manage
+from zero.units import Unit, find_units
+
+logger = logging.getLogger("zero")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_device(config: Config) -> Device:
+    """The device that ``[device]`` names.
+
+    Raises:
+        UserError: an accelerator was asked for and there is none, or it cannot be capped.
+    """
+    section = config.device
+    kind = section.type
+    if kind == "auto":
+        if torch.accelerator.is_available():
+            kind = "cuda"
+        else:
+            kind = "simulated" if section.memory is not None else "cpu"
+            logger.info("no accelerator found: device.type = auto became %s", kind)
+    if kind == "cpu":
+        return HostDevice()
+    if kind == "simulated":
+        if section.memory is None:
+            raise UserError("device.memory: the simulated device needs a capacity, such as \"6GiB\"")
+        return SimulatedDevice(section.memory, StreamOrder(section.streams), section.stream_seed, section.poison)
+    try:
+        return AcceleratorDevice(section.memory)
+    except ValueError as error:
+        raise UserError(f"device.type = {section.type}: {error}") from error
+
+
+def make_policy(config: Config, device: Device) -> Policy:
+    """The policy that ``[memory]`` names. On the host ``auto`` means that nothing moves: there is nowhere to go."""
+    memory = config.memory
+    name = "cuda" if memory.policy == "auto" and isinstance(device, HostDevice) else memory.policy
+    return Policy(name, memory.resident_parameters, memory.resident_optimizer)
+
+
+@dataclass
+class Managed:
+    """A model taken over."""
+
+    manager: Manager
+    units: list[Unit]
+    tensors: dict[int, ChunkTensor]
+    """By ``id`` of the parameter."""
+    names: dict[int, str]
+    """First name of every parameter, managed or not."""
+    facts: list[ChunkFacts]
+
+
+def compute_dtype(parameter: torch.Tensor, dtype: torch.dtype, keep_fp32: bool) -> torch.dtype:
+    """What dtype computations see a parameter in: integers and parameters the model wants in fp32 stay as they are."""
+    if not parameter.dtype.is_floating_point or keep_fp32:
+        return parameter.dtype
+    return dtype
+
+
+def take_over(
+    model: nn.Module, config: Config, device: Device, state_bytes_per_numel: int, accumulates: bool, host: HostArena
+) -> Managed:
+    """Moves every parameter of a model into chunks, one by one, so that host memory never holds two copies.
+
+    Args:
+        model: the user's.
+        config: for dtype and chunk bytes.
+        device: where gathered copies will live.
+        state_bytes_per_numel: of the optimizer's elementwise states.
+        accumulates: gradients are summed over micro-batches, in fp32.
+        host: gives host memory.
+
+    Raises:
+        UserError: a parameter cannot be managed.
+    """
+    dtype = DTYPES[config.precision.dtype]
+    units = find_units(model)
+    _refuse_managed(units)
+    wants_fp32 = _fp32_names(model, dtype)
+    unit_specs = [
+        UnitSpec(unit.label, tuple(_spec(name, p, dtype, any(w in name for w in wants_fp32)) for name, p in unit.parameters))
+        for unit in units
+    ]
+    layouts = build_layout(unit_specs, config.memory.chunk)
+    parameters = {name: p for unit in units for name, p in unit.parameters}
+    store = Store(device, host)
+    transfer = Transfer(device)
+    chunks = [
+        Chunk(layout, [parameters[e.spec.name] for e in layout.entries], store, transfer, keep_master=layout.trainable)
+        for layout in layouts
+    ]
+    tensors = {id(t.parameter): t for chunk in chunks for t in chunk.tensors}
+    for tensor in tensors.values():
+        manage(tensor.parameter, tensor)  # type: ignore[arg-type]
+    _cast_buffers(model, dtype, device)
+    facts = [
+        chunk_facts(layout, state_bytes_per_numel, 4 if accumulates else layout.dtype.itemsize) for layout in layouts
+    ]
+    names = {id(p): name for name, p in parameters.items()}
+    return Managed(Manager(store, transfer, chunks), units, tensors, names, facts)
+
+
+def _spec(name: str, parameter: nn.Parameter, dtype: torch.dtype, keep_fp32: bool) -> ParameterSpec:
+    if parameter.layout is not torch.strided or parameter.is_quantized:
+        raise UserError(f"parameter {name} has layout {parameter.layout}: only plain dense parameters can be managed")
+    if type(parameter.data) is not torch.Tensor:
+        raise UserError(f"parameter {name} is a {type(parameter.data).__name__}: only plain tensors can be managed")
+    if parameter.is_complex():
+        raise UserError(f"parameter {name} is complex: only real parameters can be managed")
+    trainable = parameter.requires_grad
+    stride = parameter.stride() if _dense(parameter) else torch.empty(parameter.shape, device="meta").stride()
+    return ParameterSpec(name, parameter.shape, stride, compute_dtype(parameter, dtype, keep_fp32), trainable)
+
+
+def _dense(parameter: torch.Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in some order of dimensions."""
+    expected = 1
+    for length, stride in sorted(zip(parameter.shape, parameter.stride(), strict=True), key=lambda pair: pair[1]):
+        if length == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= length
+    return True
+
+
+def _refuse_managed(units: list[Unit]) -> None:
+    for unit in units:
+        for name, parameter in unit.parameters:
+            if isinstance(parameter, ManagedParameter):
+                raise UserError(f"parameter {name} is already managed by an engine; close() that engine first")
+
+
+def _fp32_names(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Parts of parameter names that a Hugging Face model keeps in fp32 under this dtype."""
+    if dtype == torch.float32:
+        return []
+    names: set[str] = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return sorted(names)
+
+
+def _cast_buffers(model: nn.Module, dtype: torch.dtype, device: Device) -> None:
+    """Persistent float buffers follow the dtype, as ``from_pretrained(dtype=...)`` has it; computed ones (rotary
+    frequencies) keep their precision. All move to the device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            casts = buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+            module._buffers[name] = buffer.to(device=device.torch_device, dtype=dtype if casts else buffer.dtype)
+
