@@ -73,7 +73,9 @@ class HostArena:
         try:
             mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError) as error:
-            raise HostMemoryError(f"the operating system gave no {format_bytes(num_bytes)} of host memory: {error}") from error
+            raise HostMemoryError(
+                f"the operating system gave no {format_bytes(num_bytes)} of host memory: {error}"
+            ) from error
         if num_bytes >= _HUGE_PAGE_BYTES:
             # Fewer page faults and TLB misses in the optimizer's pass; not every kernel has it.
             with contextlib.suppress(OSError, AttributeError):

@@ -100,7 +100,9 @@ def _check_names(units: Sequence[UnitSpec]) -> None:
     for unit in units:
         for spec in unit.parameters:
             if spec.name in seen:
-                raise ValueError(f"parameter {spec.name} appears twice in the layout; tied parameters must be given once")
+                raise ValueError(
+                    f"parameter {spec.name} appears twice in the layout; tied parameters must be given once"
+                )
             seen.add(spec.name)
 
 

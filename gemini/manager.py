@@ -274,8 +274,10 @@ class Manager:
 
     def owner(self, saved: torch.Tensor) -> ChunkTensor | None:
         """The tensor of a gathered chunk that a view belongs to; None for anything that cannot be released."""
-        chunk = self._chunk_by_storage.get(id(saved.untyped_storage()))
-        if chunk is None or chunk.resident:
+        storage = saved.untyped_storage()
+        chunk = self._chunk_by_storage.get(id(storage))
+        # A chunk that became resident has given its gathered buffer up: its old id may name another storage now.
+        if chunk is None or chunk.resident or chunk.storage is not storage:
             return None
         return chunk.tensor_at(saved.storage_offset())
 

@@ -118,6 +118,7 @@ class DoesNotFitError(ValueError):
 
         width = max((len(what) for what, _, _, _ in self.rows), default=0)
         table = "\n".join(
-            f"  {what:<{width}}  {tier:<6}  {format_bytes(num_bytes):>10}  {note}" for what, tier, num_bytes, note in self.rows
+            f"  {what:<{width}}  {tier:<6}  {format_bytes(num_bytes):>10}  {note}"
+            for what, tier, num_bytes, note in self.rows
         )
         return f"{self.message}\n{table}\n{self.advice}"

@@ -41,7 +41,9 @@ class Policy:
         """
         plan = self._fixed(facts) if self.name != "auto" else offload_all("auto", facts)
         _describe(plan, facts)
-        need_bytes = plan.resident_parameter_bytes + plan.device_optimizer_bytes + _largest_gathered(facts, plan.placements)
+        need_bytes = (
+            plan.resident_parameter_bytes + plan.device_optimizer_bytes + _largest_gathered(facts, plan.placements)
+        )
         if need_bytes > capacity_bytes:
             raise does_not_fit(facts, plan, Trace(), capacity_bytes)
         return plan
@@ -68,7 +70,11 @@ class Policy:
         return with_prediction(plan, prediction, trace)
 
     def _fixed(self, facts: list[ChunkFacts]) -> Plan:
-        fractions = {"cuda": (1.0, 1.0), "cpu": (0.0, 0.0), "static": (self.resident_parameters, self.resident_optimizer)}
+        fractions = {
+            "cuda": (1.0, 1.0),
+            "cpu": (0.0, 0.0),
+            "static": (self.resident_parameters, self.resident_optimizer),
+        }
         parameters, optimizer = fractions[self.name]
         resident = _fill(facts, parameters, lambda fact: fact.value_itemsize)
         companions = _fill(facts, optimizer, lambda fact: fact.companion_bytes_per_numel)
@@ -155,8 +161,12 @@ def does_not_fit(facts: list[ChunkFacts], plan: Plan, trace: Trace, capacity_byt
     ]
     worst = max(trace.moments, key=lambda m: m.non_model_peak_bytes + m.gathered_peak_bytes, default=None)
     if worst is not None:
-        rows.append(("parameters gathered at once", "device", worst.gathered_peak_bytes, f"{worst.phase} of {worst.label}"))
-        rows.append(("activations and temporaries", "device", worst.non_model_peak_bytes, f"{worst.phase} of {worst.label}"))
+        rows.append(
+            ("parameters gathered at once", "device", worst.gathered_peak_bytes, f"{worst.phase} of {worst.label}")
+        )
+        rows.append(
+            ("activations and temporaries", "device", worst.non_model_peak_bytes, f"{worst.phase} of {worst.label}")
+        )
     else:
         largest = max(facts, key=lambda fact: fact.value_bytes)
         rows.append(("largest chunk", "device", _largest_gathered(facts, plan.placements), largest.unit_name))

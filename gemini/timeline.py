@@ -81,7 +81,9 @@ def replay(
         fits = fits and persistent + in_use + moment.non_model_peak_bytes <= capacity_bytes
         peak = max(peak, persistent + min(sum(gathered.values()), max(room, in_use)) + moment.non_model_peak_bytes)
         if moment.phase == "backward":
-            for chunk in [c for c in gathered if facts[c].companion_bytes and next_use.after(c, position) > len(trace.moments)]:
+            for chunk in [
+                c for c in gathered if facts[c].companion_bytes and next_use.after(c, position) > len(trace.moments)
+            ]:
                 gathered.pop(chunk)  # its gradient took the slot and went out
     step_s = _step_s(facts, placements, h2d_bytes, profile)
     return Prediction(peak, num_fetches, num_evictions, h2d_bytes, step_s, fits)

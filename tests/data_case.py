@@ -42,8 +42,9 @@ def tokenizer() -> Any:
     return builtin_tokenizer(512)
 
 
+@cache
 def chat_tokenizer(template: str | None = CHATML, trim_offsets: bool = False) -> Any:
-    """One with the turn marks as special tokens, and a template."""
+    """One with the turn marks as special tokens, and a template. Shared: do not change it."""
     made = builtin_tokenizer(512)
     made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     if trim_offsets:

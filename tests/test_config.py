@@ -89,7 +89,8 @@ def test_all_problems_at_once_in_one_error(tmp_path: Path) -> None:
     path = tmp_path / "many.toml"
     path.write_text(
         'lr = 1\n[optimizer]\nlr = "fast"\nnam = "x"\n[device]\ntype = "cpu"\nmemory = "1GiB"\n'
-        '[parallel.tensor]\nmode = "2d"\nsize = 3\n[model.config]\nmodel_type = "optt"\n[memory]\nresident_optimizer = 2'
+        '[parallel.tensor]\nmode = "2d"\nsize = 3\n[model.config]\nmodel_type = "optt"\n'
+        "[memory]\nresident_optimizer = 2"
     )
     problems = problems_of(path, {"train": {"max_steps": 0}}, require=("data",))
     for fragments in (
@@ -124,6 +125,7 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
 def test_folder_and_huge_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.toml").mkdir()
     assert has_line(problems_of(tmp_path / "folder.toml"), ["folder"])
+    assert has_line(problems_of(tmp_path), ["folder"])
     with open(tmp_path / "huge.toml", "wb") as file:
         file.truncate(5 * 2**20)
     assert has_line(problems_of(tmp_path / "huge.toml"), ["too many"])
@@ -195,6 +197,8 @@ def test_byte_order_mark_and_empty_files(tmp_path: Path) -> None:
         path = tmp_path / f"empty{suffix}"
         path.write_bytes(b"")
         assert values(load_config(path)) == values(load_config())
+    (tmp_path / "empty.yaml").write_text("data:\n#  train: builtin\ntrain:\n  seed: 3\n")
+    assert load_config(tmp_path / "empty.yaml").train.seed == 3
     path = tmp_path / "bom.toml"
     path.write_bytes(b"\xef\xbb\xbf[train]\r\nseed = 5\r\n")
     assert load_config(str(path)).train.seed == 5

@@ -156,6 +156,11 @@ def test_values_on_the_command_line() -> None:
         "scheduler": {"warmup_ratio": 0.5},
     }
     assert parse_overrides(["--data.train", '["a.txt", "b.txt"]'])["data"]["train"] == ["a.txt", "b.txt"]
+    # TOML would read 5 and a comment, or two keys.
+    assert parse_overrides(["--data.train", "5#x", "--data.eval", "1\nx = 2"])["data"] == {
+        "train": "5#x",
+        "eval": "1\nx = 2",
+    }
     assert parse_overrides(["--train.output_dir", '"a b"'])["train"]["output_dir"] == "a b"
 
 
@@ -219,8 +224,8 @@ def test_contract_keys_exist() -> None:
         "memory": "policy resident_parameters resident_optimizer host disk",
         "precision": "dtype optimizer_state",
         "optimizer": "name lr betas eps weight_decay kernel",
-        "train": "per_device_train_batch_size gradient_accumulation_steps max_grad_norm max_steps num_train_epochs seed "
-        "gradient_checkpointing logging_steps save_steps save_total_limit output_dir resume_from_checkpoint",
+        "train": "per_device_train_batch_size gradient_accumulation_steps max_grad_norm max_steps num_train_epochs "
+        "seed gradient_checkpointing logging_steps save_steps save_total_limit output_dir resume_from_checkpoint",
         "scheduler": "warmup_ratio",
         "model": "name_or_path config",
         "data": "seq_length packing",

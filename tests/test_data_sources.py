@@ -28,6 +28,11 @@ ROWS: list[dict[str, Any]] = [{"id": i, "text": text} for i, text in enumerate(T
 PAIRS = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "", "completion": "free"}]
 
 
+@pytest.fixture(autouse=True)
+def _no_look_at_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_hub_has_address", lambda: True)
+
+
 def jsonl(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -127,10 +132,8 @@ def test_a_giant_line_and_a_giant_field_are_no_trouble(tmp_path: Path) -> None:
 def test_prompts_and_instructions(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(jsonl(PAIRS))
     where = str(tmp_path / "pairs.jsonl")
-    assert load_records(where).records == [
-        PromptRecord(f"{where}:1", "2+2=", "4"),
-        PromptRecord(f"{where}:2", "", "free"),
-    ]
+    expected = [PromptRecord(f"{where}:{i}", **pair) for i, pair in enumerate(PAIRS, 1)]
+    assert load_records(where).records == expected
     rows = [
         {"instruction": "Add.", "input": "2 and 2", "output": "4", "text": "unused"},
         {"instruction": "Greet.", "input": "", "output": "Hello"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -325,7 +326,7 @@ print(kernel.path if kernel else None)
 # Without torch, so that it is quick.
 BUILD_PROBE = """
 from zero.optim.build import BuildError, build, find_compiler
-print(build(find_compiler(), ("-fopenmp",)))
+print(build(find_compiler(), ("-pthread",)))
 """
 
 # Stand-ins for the compiler. No optimisation makes a build take less than a second.
@@ -469,7 +470,7 @@ def test_a_cache_that_cannot_be_written(best: NativeKernel, tmp_path: Path) -> N
 
 def test_a_damaged_cache_is_built_again(best: NativeKernel, fresh: FreshBuild) -> None:
     fresh.use_compiler(QUICK)
-    path = build(find_compiler(), ("-fopenmp",))
+    path = build(find_compiler(), ("-fopenmp",) if best.uses_openmp else ("-pthread",))
     path.write_text("nonsense")
     assert require_native().path == path
 
@@ -485,6 +486,17 @@ def test_a_compiler_without_openmp(best: NativeKernel, fresh: FreshBuild) -> Non
     plain.adamw(*states[0], None, num_threads=3, **PLAIN)
     best.adamw(*states[1], None, num_threads=1, **PLAIN)
     assert_same_bits(*zip(*states, strict=True))
+
+
+def test_a_forked_child_can_step(best: NativeKernel) -> None:
+    state = make_state(200_000)
+    best.adamw(*state, None, num_threads=2, **PLAIN)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a child that hangs must not outlive the test
+        best.adamw(*state, None, num_threads=2, **PLAIN)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

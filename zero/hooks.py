@@ -7,7 +7,7 @@ What stands where:
 - forward pre and post hooks on every module keep the stack of running modules; what a module returns of its
   parameters stays held by its caller;
 - saved-tensor hooks replace what autograd saves of a released-able parameter by a note, and fetch when it is unpacked;
-- ``register_multi_grad_hook`` on a unit's outputs says its backward begins, on its inputs that it is over;
+- ``register_multi_grad_hook`` on a unit's outputs says its backward begins, hooks on its inputs that it is over;
 - ``register_post_accumulate_grad_hook`` hands each finished gradient over.
 """
 
@@ -196,7 +196,9 @@ class ModelHooks:
     def _pack(self, saved: torch.Tensor) -> Any:
         tensor = self._manager.owner(saved)
         if tensor is None or saved.dtype != tensor.chunk.layout.dtype:
-            return saved
+            # Never the tensor itself: where a node saves its own output, that is a cycle which only backward breaks,
+            # and a branch that gets no gradient would leak it every step.
+            return saved.detach() if saved.grad_fn is not None else saved
         return SavedView(tensor, saved.shape, saved.stride(), saved.storage_offset())
 
     def _unpack(self, packed: Any) -> torch.Tensor:
@@ -215,9 +217,24 @@ class ModelHooks:
             register_multi_grad_hook(wanted, lambda _: self._unit_backward_begins(label), mode="any")
 
     def _watch_backward_end(self, label: str, args: Any, kwargs: Any) -> None:
+        """Ends the unit's holds when all its inputs have their gradients.
+
+        Not ``register_multi_grad_hook(mode="all")``: its hooks refer to the graph nodes they hang on, a cycle that
+        nothing collects.
+        """
         wanted = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
-        if wanted and torch.is_grad_enabled():
-            register_multi_grad_hook(wanted, lambda _: self._manager.end_unit_backward(label), mode="all")
+        if not wanted or not torch.is_grad_enabled():
+            return
+        num_wanted, num_seen = len(wanted), 0
+
+        def one_more(_: torch.Tensor) -> None:
+            nonlocal num_seen
+            num_seen += 1
+            if num_seen % num_wanted == 0:
+                self._manager.end_unit_backward(label)
+
+        for tensor in wanted:
+            tensor.register_hook(one_more)
 
     def _unit_backward_begins(self, label: str) -> None:
         self._enter_backward()

@@ -46,7 +46,7 @@ def make_device(config: Config) -> Device:
         return HostDevice()
     if kind == "simulated":
         if section.memory is None:
-            raise UserError("device.memory: the simulated device needs a capacity, such as \"6GiB\"")
+            raise UserError('device.memory: the simulated device needs a capacity, such as "6GiB"')
         return SimulatedDevice(section.memory, StreamOrder(section.streams), section.stream_seed, section.poison)
     try:
         return AcceleratorDevice(section.memory)
@@ -102,7 +102,9 @@ def take_over(
     _refuse_managed(units)
     wants_fp32 = _fp32_names(model, dtype)
     unit_specs = [
-        UnitSpec(unit.label, tuple(_spec(name, p, dtype, any(w in name for w in wants_fp32)) for name, p in unit.parameters))
+        UnitSpec(
+            unit.label, tuple(_spec(name, p, dtype, any(w in name for w in wants_fp32)) for name, p in unit.parameters)
+        )
         for unit in units
     ]
     layouts = build_layout(unit_specs, config.memory.chunk)
@@ -174,4 +176,3 @@ def _cast_buffers(model: nn.Module, dtype: torch.dtype, device: Device) -> None:
                 continue
             casts = buffer.is_floating_point() and name not in module._non_persistent_buffers_set
             module._buffers[name] = buffer.to(device=device.torch_device, dtype=dtype if casts else buffer.dtype)
-

@@ -68,10 +68,12 @@ class Draft:
         earlier = self.given_as.get(dotted, dotted)
         name = given_as or dotted
         if self.has(dotted):
+            # In the datasets library, "name" beside "path" is the configuration.
+            hint = " (a dataset's configuration is data.dataset_config)" if "data.name" in (name, earlier) else ""
             if earlier != name and (self.get(dotted) != value or dotted.startswith("data.")):
                 self.problems.append(
                     f"{name} = {show(value)}: {earlier} = {show(self.get(dotted))} is given as well and means the "
-                    "same; keep one of the two"
+                    f"same; keep one of the two{hint}"
                 )
             return
         *tables, key = dotted.split(".")

@@ -34,6 +34,7 @@ def read_file(path: Path) -> dict[Any, Any]:
     Raises:
         ConfigError: If it cannot be read, is broken, or holds no table; with the line where one is known.
     """
+    _check_kind(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         given = f'its name ends in "{path.suffix}"' if path.suffix else "its name has no suffix"
@@ -53,7 +54,8 @@ def read_file(path: Path) -> dict[Any, Any]:
     return values
 
 
-def _read_text(path: Path) -> str:
+def _check_kind(path: Path) -> None:
+    """Refuses what is no file at all, so that its name is not blamed first."""
     try:
         if not path.exists():
             raise ConfigError([f"no such file{nearest_file(str(path))}"], str(path))
@@ -63,11 +65,15 @@ def _read_text(path: Path) -> str:
         if path.stat().st_size > _MAX_FILE_BYTES:
             num_bytes = path.stat().st_size
             raise ConfigError([f"{num_bytes} bytes are too many for a config; is it another file?"], str(path))
+    except OSError as error:
+        raise ConfigError([f"cannot be read: {error.strerror or error}"], str(path)) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
         data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError([f"cannot be read: {getattr(error, 'strerror', None) or error}"], str(path)) from None
+    except OSError as error:
+        raise ConfigError([f"cannot be read: {error.strerror or error}"], str(path)) from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -13,11 +13,11 @@ from zero.data.packing import TokenIds
 
 logger = logging.getLogger("zero")
 
-# Tokenizers keep about a hundred bytes a token while they work: long texts go through in parts.
-MAX_BATCH_CHARS = 1 << 21
+# Tokenizers hold some hundred bytes a character while they work: long texts go through in parts, which is no slower.
+MAX_BATCH_CHARS = 1 << 18
 MAX_BATCH_RECORDS = 512
 # Between two words or lines tokenizers of the GPT-2 kind never put a token, so that cutting there changes none. (Others
-# may begin the second part with a blank: one token in a million.)
+# may begin the second part with a blank: one token in fifty thousand of a long text.)
 _SEAM = re.compile(r"\S\n(?=\S)|\S(?= \S)")
 
 
@@ -46,7 +46,13 @@ def token_ids(texts: Iterable[str], tokenizer: Any) -> Iterator[TokenIds]:
     """Ids of each text, no special tokens added; many texts at once go through the tokenizer, long ones in parts."""
     parts: list[TokenIds] = []
     for batch in _batches(texts):
-        encoded = tokenizer([part for part, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = tokenizer(
+            [part for part, _ in batch],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
         for (_, is_last), ids in zip(batch, encoded, strict=True):
             parts.append(np.array(ids, np.int32))
             if is_last:

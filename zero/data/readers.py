@@ -49,7 +49,8 @@ def read_jsonl(path: Path, problems: Problems, choose: ChooseColumns) -> Iterato
             where, line = f"{path}:{number}", raw.removeprefix(UTF8_BOM) if number == 1 else raw
             try:
                 if line.strip():
-                    yield Row(where, _json_object(decode(line, first_byte + len(raw) - len(line))))
+                    text = decode(line.rstrip(b"\r\n"), first_byte + len(raw) - len(line))
+                    yield Row(where, _json_object(text))
             except BadRecord as error:
                 problems.add(where, str(error))
             first_byte += len(raw)
@@ -59,7 +60,8 @@ def _json_object(text: str) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadRecord(f"broken JSON: {error.msg} at column {error.colno}: {_excerpt(text, error.pos)}") from error
+        what = error.msg.removesuffix(" at")
+        raise BadRecord(f"broken JSON: {what} at column {error.colno}: {_excerpt(text, error.pos)}") from error
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"broken JSON: {error}") from error
     return _checked_object(value)

@@ -152,6 +152,8 @@ class _Loader:
         except BadFile as error:
             self._problems.add(name, str(error))
         except BadColumns as error:
+            if not self._problems.skip:
+                raise DataError(f"{where}: {error}") from error
             self._problems.add(where, str(error))
         if not num_rows and num_bad == self._problems.num_bad:
             self._problems.add(name, "empty: there is no record in it")

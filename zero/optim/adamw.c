@@ -12,9 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
+#ifndef _OPENMP
 #include <pthread.h>
 #endif
 

@@ -129,18 +129,35 @@ ALWAYS_INLINE VEC NAME(load_fp32)(const float *p) { return *p; }
 ALWAYS_INLINE void NAME(store_fp32)(float *p, VEC x) { *p = x; }
 ALWAYS_INLINE VEC NAME(load_bf16)(const uint16_t *p) { return bits_float((uint32_t)*p << 16); }
 
+ALWAYS_INLINE uint16_t NAME(round_bf16)(VEC x) {
+  uint32_t bits = float_bits(x);
+  uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? BF16_NAN : rounded);
+}
+
+#ifdef __ARM_FP16_FORMAT_IEEE /* the processor converts */
+
+ALWAYS_INLINE VEC NAME(load_fp16)(const uint16_t *p) {
+  __fp16 half;
+  memcpy(&half, p, sizeof half);
+  return half;
+}
+
+ALWAYS_INLINE uint16_t NAME(round_fp16)(VEC x) {
+  __fp16 half = (__fp16)x;
+  uint16_t bits;
+  memcpy(&bits, &half, sizeof bits);
+  return bits;
+}
+
+#else
+
 /* Scaling by 2^112 rebases the exponent and makes denormals normal, with no branch. */
 ALWAYS_INLINE VEC NAME(load_fp16)(const uint16_t *p) {
   uint32_t magnitude = (uint32_t)(*p & 0x7fff) << 13;
   uint32_t scaled = float_bits(bits_float(magnitude) * 0x1p112f);
   uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled; /* infinity and NaN */
   return bits_float(bits | (uint32_t)(*p & 0x8000) << 16);
-}
-
-ALWAYS_INLINE uint16_t NAME(round_bf16)(VEC x) {
-  uint32_t bits = float_bits(x);
-  uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? BF16_NAN : rounded);
 }
 
 ALWAYS_INLINE uint16_t NAME(round_fp16)(VEC x) {
@@ -152,6 +169,8 @@ ALWAYS_INLINE uint16_t NAME(round_fp16)(VEC x) {
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;
   return (uint16_t)(sign | (magnitude > 0x7f800000u ? 0x7e00u : half));
 }
+
+#endif
 
 ALWAYS_INLINE void NAME(store_16bit)(uint16_t *p, VEC x, int dtype, int stream) {
   (void)stream;

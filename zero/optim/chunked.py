@@ -167,4 +167,3 @@ def map_groups(
             if tensor is not None and tensor.chunk.layout.trainable:
                 groups[tensor] = group
     return groups
-

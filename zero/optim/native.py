@@ -27,8 +27,6 @@ ISA_VARIABLE = "ZERO_NATIVE_ISA"
 """Environment variable that forces an instruction set, for tests and for chasing a difference."""
 
 _ISA_NUMBERS = {"avx512": 2, "avx2": 1, "generic": 0}  # best first
-# OpenMP's threads stay between calls, and GNU OpenMP is what torch brings along. Without it each call starts its own.
-_THREAD_FLAGS = (("-fopenmp",), ("-pthread",))
 
 
 class NativeKernel:
@@ -62,6 +60,7 @@ class NativeKernel:
         self._step.argtypes = [ctypes.POINTER(Call), ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
         self._step.restype = None
         self.path = path
+        self._process_id = os.getpid()
         self.uses_openmp = bool(library.zero_uses_openmp())
         supported = [name for name, number in _ISA_NUMBERS.items() if library.zero_supports_isa(number)]
         self.isa = isa or supported[0]
@@ -108,7 +107,7 @@ class NativeKernel:
             grad_scale: The gradient is multiplied by this in fp32 first: 1 / loss scale times the clip factor.
             decoupled: True decays the weights (AdamW), False adds the decay to the gradient (Adam).
             maximize: Step up the gradient rather than down.
-            num_threads: Threads to use; None means ``torch.get_num_threads()``.
+            num_threads: Threads to use; None means ``torch.get_num_threads()``. A forked child uses one.
 
         Raises:
             ValueError: A tensor or a number is not as described.
@@ -117,6 +116,8 @@ class NativeKernel:
         threads = torch.get_num_threads() if num_threads is None else num_threads
         if threads < 1:
             raise ValueError(f"num_threads must be at least 1, not {threads}")
+        if self.uses_openmp and os.getpid() != self._process_id:
+            threads = 1  # GNU OpenMP waits for ever for the threads that stayed with the parent
         scalars = make_scalars(lr, betas, eps, weight_decay, step, grad_scale, decoupled, maximize)
         if numel == 0:
             return
@@ -211,7 +212,7 @@ def _load(isa: str | None) -> _Outcome:
     except BuildError as error:
         return _Outcome(None, str(error))
     reason = ""
-    for thread_flags in _THREAD_FLAGS:
+    for thread_flags in _thread_flags(compiler):
         try:
             kernel = _load_built(compiler, thread_flags, isa)
         except ValueError as error:  # the instruction set; no other build would have it
@@ -222,6 +223,16 @@ def _load(isa: str | None) -> _Outcome:
         threads = "OpenMP threads" if kernel.uses_openmp else "plain threads"
         return _Outcome(kernel, f"{kernel.isa}, {threads}, {compiler.label}, {kernel.path}")
     return _Outcome(None, reason)
+
+
+def _thread_flags(compiler: Compiler) -> tuple[tuple[str, ...], ...]:
+    """Return the ways to have threads, best first.
+
+    GNU OpenMP is the runtime torch brings along: its threads stay between calls and are no second pool. Clang's OpenMP
+    would be one, whose threads spin on torch's cores after each call; starting threads anew costs less than that.
+    """
+    plain = ("-pthread",)
+    return (plain,) if "clang" in compiler.version.lower() else (("-fopenmp",), plain)
 
 
 def _load_built(compiler: Compiler, thread_flags: tuple[str, ...], isa: str | None) -> NativeKernel:

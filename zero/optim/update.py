@@ -82,7 +82,9 @@ class ChunkUpdater:
 
     # -- torch -------------------------------------------------------------------------------------------------------
 
-    def _torch(self, chunk: Chunk, segment: Segment, factor: float, before: dict[ChunkTensor, dict[str, Any] | None]) -> None:
+    def _torch(
+        self, chunk: Chunk, segment: Segment, factor: float, before: dict[ChunkTensor, dict[str, Any] | None]
+    ) -> None:
         for pieces in self._batches(chunk, segment):
             self._torch_step(segment, pieces, factor, before)
 
@@ -133,7 +135,9 @@ class ChunkUpdater:
 
     # -- native ------------------------------------------------------------------------------------------------------
 
-    def _native(self, chunk: Chunk, segment: Segment, factor: float, before: dict[ChunkTensor, dict[str, Any] | None]) -> None:
+    def _native(
+        self, chunk: Chunk, segment: Segment, factor: float, before: dict[ChunkTensor, dict[str, Any] | None]
+    ) -> None:
         kernel = self._kernel
         if kernel is None:
             raise RuntimeError("no native kernel")
