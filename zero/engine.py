@@ -63,6 +63,7 @@ class Engine:
         config: Config,
         device: Device,
         kernel: NativeKernel | None,
+        arena: type[HostArena] = HostArena,
     ) -> None:
         self.module = model
         self.criterion = criterion
@@ -77,7 +78,7 @@ class Engine:
         self._at_loader_end = False
         self._needs_plan = False
         self._closed = False
-        self._host = HostArena(device, config.memory.pin, config.memory.host)
+        self._host = arena(device, config.memory.pin, config.memory.host)
         self._policy = make_policy(config, device)
         state_bytes = state_bytes_per_numel(optimizer) if optimizer is not None else 0
         managed = take_over(model, config, device, state_bytes, self._accumulation > 1, self._host)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gemini.arena import HostArena
 from gemini.chunk import Chunk, ChunkTensor
@@ -129,7 +130,7 @@ def take_over(
 def _spec(name: str, parameter: nn.Parameter, dtype: torch.dtype, keep_fp32: bool) -> ParameterSpec:
     if parameter.layout is not torch.strided or parameter.is_quantized:
         raise UserError(f"parameter {name} has layout {parameter.layout}: only plain dense parameters can be managed")
-    if type(parameter.data) is not torch.Tensor:
+    if is_traceable_wrapper_subclass(parameter.data):  # DTensor, quantised tensors and the like
         raise UserError(f"parameter {name} is a {type(parameter.data).__name__}: only plain tensors can be managed")
     if parameter.is_complex():
         raise UserError(f"parameter {name} is complex: only real parameters can be managed")

@@ -1,0 +1,101 @@
+"""A trace without running anything: the same manager and hooks, on fake tensors.
+
+Fake tensors have shapes and dtypes but no data, so a model of any number of parameters is walked through in seconds on
+any machine. :class:`DryDevice` counts their storages as the simulated device counts real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gemini.arena import HostArena
+from gemini.device import Device, DeviceMemory, InlineStream, Stream
+from gemini.tracker import StorageTracker
+
+
+def _admit_all(num_bytes: int) -> None:
+    del num_bytes
+
+
+class DryDevice(Device):
+    """A device without an end, on which fake tensors are counted. Use it inside :func:`fake_mode`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "dry run"
+        self.torch_device = torch.device("cpu")
+        self.capacity_bytes = 1 << 62
+        self._tracker = StorageTracker(_admit_all)
+        self._depth = 0
+        self._peak_bytes = 0
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A fake buffer."""
+        buffer = super().allocate(numel, dtype)
+        self._tracker.exempt(buffer)
+        return buffer
+
+    def memory(self) -> DeviceMemory:
+        """Figures of fake storages."""
+        live, peak = self._tracker.live_bytes, self._tracker.peak_bytes
+        return DeviceMemory(self.model_data_bytes, live, self.model_data_peak_bytes + peak, peak)
+
+    def _start_window(self) -> None:
+        self._tracker.reset_peak()
+
+    def stream(self, name: str) -> Stream:
+        """Copies of nothing need no queue."""
+        del name
+        return InlineStream()
+
+    def wait(self, event: Any) -> None:
+        """Nothing is ever pending."""
+
+    def synchronize(self) -> None:
+        """Nothing is ever pending."""
+
+    @contextlib.contextmanager
+    def activity(self) -> Iterator[None]:
+        """Counts storages made inside."""
+        self._depth += 1
+        try:
+            with self._tracker if self._depth == 1 else contextlib.nullcontext():
+                yield
+        finally:
+            self._depth -= 1
+
+    @contextlib.contextmanager
+    def bookkeeping(self) -> Iterator[None]:
+        """The manager's own tensors stay fake, but are not counted."""
+        fake = torch._guards.detect_fake_mode()
+        with torch.no_grad(), _disable_current_modes(), fake or contextlib.nullcontext():
+            yield
+
+
+class DryArena(HostArena):
+    """Host memory of fake tensors."""
+
+    @staticmethod
+    def _map(num_bytes: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        del num_bytes
+        return torch.empty(numel, dtype=dtype)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which every new tensor is fake."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of a model with fake parameters and buffers; the original is not touched and no memory is taken."""
+    with FakeCopyMode(mode):
+        duplicate: nn.Module = copy.deepcopy(model)
+    return duplicate
