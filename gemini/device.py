@@ -52,7 +52,7 @@ class Stream(ABC):
 
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queues ``target.copy_(source)``. Both must stay untouched until an event recorded later has been waited on."""
+        """Queues ``target.copy_(source)``. Both stay untouched until an event recorded later has been waited on."""
 
     @abstractmethod
     def record(self) -> Event:
@@ -70,6 +70,7 @@ class Device(ABC):
         name: for messages.
         torch_device: where buffers live.
         capacity_bytes: model and non-model data together must stay within it.
+        expects_backward: a training forward has ended and its backward has not; the simulated device watches for it.
     """
 
     name: str
@@ -79,7 +80,9 @@ class Device(ABC):
     def __init__(self) -> None:
         self.model_data_bytes = 0
         self.model_data_peak_bytes = 0
+        self.expects_backward = False
         self._lifetime = Peaks()
+        self._step_peak_bytes = 0
 
     def _count_model_data(self, delta_bytes: int) -> None:
         self.model_data_bytes += delta_bytes
@@ -91,6 +94,7 @@ class Device(ABC):
         Raises:
             torch.OutOfMemoryError: if it does not fit.
         """
+        self._before_change()
         buffer = torch.empty(numel, dtype=dtype, device=self.torch_device)
         self._count_model_data(buffer.nbytes)
         return buffer
@@ -100,9 +104,19 @@ class Device(ABC):
 
         The storage keeps its identity: :meth:`take_again` puts memory under every saved view at once.
         """
+        self._before_change()
         storage = buffer.untyped_storage()
         self._count_model_data(-storage.nbytes())
         storage.resize_(0)
+
+    def forget(self, buffer: torch.Tensor) -> None:
+        """Counts a buffer as gone; its memory goes with the last reference to it.
+
+        For buffers whose views the user may keep (resident values, gradients): reading such a view later is stale, but
+        never a read of memory that is not there.
+        """
+        self._before_change()
+        self._count_model_data(-buffer.untyped_storage().nbytes())
 
     def take_again(self, buffer: torch.Tensor, numel: int) -> None:
         """Gives memory back to a buffer that :meth:`give_back` emptied; contents are undefined.
@@ -110,13 +124,22 @@ class Device(ABC):
         Raises:
             torch.OutOfMemoryError: if it does not fit.
         """
+        self._before_change()
         num_bytes = numel * buffer.dtype.itemsize
         buffer.untyped_storage().resize_(num_bytes)
         self._count_model_data(num_bytes)
 
+    def _before_change(self) -> None:  # noqa: B027 - most devices count non-model bytes by themselves
+        """Model data is about to grow or shrink: until now its bytes were constant since the last change."""
+
     @abstractmethod
     def memory(self) -> DeviceMemory:
         """Figures of this process on the device."""
+
+    @property
+    def refused_bytes(self) -> int:
+        """Non-model bytes there would have been, had no request of this window been refused; 0 where nobody knows."""
+        return 0
 
     def reset_peaks(self) -> None:
         """Starts a new window for the peaks of :meth:`memory`."""
@@ -132,7 +155,14 @@ class Device(ABC):
             max(past.model_data_bytes, self.model_data_peak_bytes),
             max(past.non_model_bytes, window.non_model_peak_bytes),
         )
+        self._step_peak_bytes = max(self._step_peak_bytes, window.peak_bytes)
         return self._lifetime
+
+    def take_step_peak_bytes(self) -> int:
+        """Highest bytes since this was last asked."""
+        self.lifetime_peaks()
+        peak_bytes, self._step_peak_bytes = self._step_peak_bytes, 0
+        return peak_bytes
 
     @abstractmethod
     def _start_window(self) -> None:
@@ -167,7 +197,7 @@ class Device(ABC):
         """Undoes :meth:`register_host_memory`."""
         del address
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most devices change nothing outside themselves
         """Undoes what the device changed outside itself."""
 
 
@@ -272,12 +302,15 @@ class AcceleratorDevice(Device):
         if not torch.accelerator.is_available():
             raise ValueError("no accelerator was found; use device.type = cpu or simulated")
         index = torch.accelerator.current_device_index()
-        self.torch_device = torch.device(torch.accelerator.current_accelerator() or "cuda", index)
+        accelerator = torch.accelerator.current_accelerator()
+        self.torch_device = torch.device(accelerator.type if accelerator is not None else "cuda", index)
         self.name = str(self.torch_device)
         free_bytes, total_bytes = torch.accelerator.get_memory_info(self.torch_device)
         # What others hold on the card is not ours to plan with; what this process already holds is.
         held_bytes = torch.accelerator.memory_reserved(self.torch_device)
         self.capacity_bytes = free_bytes + held_bytes
+        self._window_peak_bytes = 0
+        self._window_non_model_bytes = 0
         if cap_bytes is not None:
             self._cap(cap_bytes, total_bytes)
 
@@ -287,20 +320,28 @@ class AcceleratorDevice(Device):
         self.capacity_bytes = min(cap_bytes, self.capacity_bytes)
         torch.cuda.set_per_process_memory_fraction(self.capacity_bytes / total_bytes, self.torch_device)
 
+    def _before_change(self) -> None:
+        """Splits the window: the allocator tells the peak of model and non-model data together, and while model data
+        is constant the difference is exact."""
+        peak_bytes = torch.accelerator.max_memory_allocated(self.torch_device)
+        self._window_peak_bytes = max(self._window_peak_bytes, peak_bytes)
+        self._window_non_model_bytes = max(self._window_non_model_bytes, peak_bytes - self.model_data_bytes)
+        torch.accelerator.reset_peak_memory_stats(self.torch_device)
+
     def memory(self) -> DeviceMemory:
         """Figures of torch's caching allocator; non-model is what is not ours."""
+        self._before_change()
         allocated_bytes = torch.accelerator.memory_allocated(self.torch_device)
-        peak_bytes = torch.accelerator.max_memory_allocated(self.torch_device)
         return DeviceMemory(
             model_data_bytes=self.model_data_bytes,
             non_model_bytes=max(0, allocated_bytes - self.model_data_bytes),
-            peak_bytes=peak_bytes,
-            # The allocator tells the peak of the sum only. Model data at its window maximum is the safe subtrahend.
-            non_model_peak_bytes=max(0, peak_bytes - self.model_data_peak_bytes),
+            peak_bytes=self._window_peak_bytes,
+            non_model_peak_bytes=self._window_non_model_bytes,
         )
 
     def _start_window(self) -> None:
         torch.accelerator.reset_peak_memory_stats(self.torch_device)
+        self._window_peak_bytes = self._window_non_model_bytes = 0
 
     def stream(self, name: str) -> Stream:
         """A new side stream."""
@@ -320,8 +361,8 @@ class AcceleratorDevice(Device):
         """Pins with cudaHostRegister: exact bytes, where torch's pinned allocator rounds up to a power of two."""
         if self.torch_device.type != "cuda":
             return False
-        return int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)) == 0
+        return int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)) == 0  # type: ignore[no-untyped-call]
 
     def unregister_host_memory(self, address: int) -> None:
         """Undoes :meth:`register_host_memory`."""
-        torch.cuda.cudart().cudaHostUnregister(address)
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

@@ -25,6 +25,19 @@ def _admit_all(num_bytes: int) -> None:
     del num_bytes
 
 
+class DryTracker(StorageTracker):
+    """Counts fake storages; knows the shape of an operator whose fake version is stricter than the real one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Grouped matrix products of MoE layers run in any dtype on a CPU, but are faked in bfloat16 only."""
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+            narrow = [a.to(torch.bfloat16) if a.is_floating_point() else a for a in args[:2]]
+            result = func(*narrow, *args[2:], **(kwargs or {})).to(args[0].dtype)
+            self._note(result)
+            return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 class DryDevice(Device):
     """A device without an end, on which fake tensors are counted. Use it inside :func:`fake_mode`."""
 
@@ -33,7 +46,7 @@ class DryDevice(Device):
         self.name = "dry run"
         self.torch_device = torch.device("cpu")
         self.capacity_bytes = 1 << 62
-        self._tracker = StorageTracker(_admit_all)
+        self._tracker = DryTracker(_admit_all)
         self._depth = 0
         self._peak_bytes = 0
 

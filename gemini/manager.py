@@ -30,7 +30,6 @@ from gemini.timeline import choose_victim
 from gemini.trace import Moment, NextUse, Trace
 from gemini.transfer import Transfer
 
-
 _USER = "<user code>"
 
 
@@ -184,9 +183,7 @@ class Manager:
             kept = self._aliases(scope, returned)
         move = Move.END_FORWARD if self.training_pass else Move.LET_GO
         for tensor in scope.held:
-            if tensor not in kept:
-                tensor.chunk.let_go(tensor, move)
-            elif tensor in self._scopes[-1].held:
+            if tensor not in kept or tensor in self._scopes[-1].held:
                 tensor.chunk.let_go(tensor, move)
             else:
                 self._scopes[-1].held[tensor] = None
@@ -279,7 +276,7 @@ class Manager:
         # A chunk that became resident has given its gathered buffer up: its old id may name another storage now.
         if chunk is None or chunk.resident or chunk.storage is not storage:
             return None
-        return chunk.tensor_at(saved.storage_offset())
+        return chunk.tensor_at(int(saved.storage_offset()))
 
     def unpack(self, tensor: ChunkTensor) -> None:
         """Backward needs a parameter's values that forward saved."""

@@ -180,5 +180,6 @@ def does_not_fit(facts: list[ChunkFacts], plan: Plan, trace: Trace, capacity_byt
         advice = f"smallest change that would fit: device.memory of at least {rounded}KiB ({format_bytes(least_bytes)})"
         if worst is not None:
             advice += ", or fewer tokens in a micro-batch, or train.gradient_checkpointing = true"
-    message = f"it does not fit: policy {plan.policy} needs {format_bytes(need_bytes)}, the device has {format_bytes(capacity_bytes)}"
+    has, needs = format_bytes(capacity_bytes), format_bytes(need_bytes)
+    message = f"it does not fit: policy {plan.policy} needs {needs}, the device has {has}"
     return DoesNotFitError(message, rows, advice)

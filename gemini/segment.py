@@ -7,6 +7,7 @@ optimizer states, gradients). So fractions of parameters and of states can be ex
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,8 @@ GRADIENT = "gradient"
 """Companion key of the gradient, present from the first gradient of a step on."""
 
 _KINDS = {MASTER: Kind.MASTER, GRADIENT: Kind.GRADIENTS}
+_VALUES = "values"
+_NOTHING = torch.empty(0)
 
 
 def kind_of(key: str) -> Kind:
@@ -71,11 +74,19 @@ class Segment:
         if buffer is not self.values:
             store.free(self.companion_tier, kind_of(key), buffer)
 
+    def drop_values(self, store: Store) -> None:
+        """Frees the values, and with them a master that is the values."""
+        if self.master_is_values:
+            del self.companions[MASTER]
+        if self.values.numel():
+            store.free(self.value_tier, Kind.PARAMETERS, self.values)
+        self.values = _NOTHING
+
     def free(self, store: Store) -> None:
         """Frees everything."""
         for key in list(self.companions):
             self.drop(store, key)
-        store.free(self.value_tier, Kind.PARAMETERS, self.values)
+        self.drop_values(store)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,13 @@ class Placement:
     companion_numel: int = 0
 
     def bounds(self, numel: int) -> list[tuple[int, int, Tier, Tier]]:
-        """``(start, stop, value tier, companion tier)`` of each segment, in order."""
+        """``(start, stop, value tier, companion tier)`` of each segment, in order.
+
+        Raises:
+            ValueError: the chunk has fewer elements than are to be placed.
+        """
+        if not (0 <= self.resident_numel <= numel and 0 <= self.companion_numel <= numel):
+            raise ValueError(f"{self} cannot be had in a chunk of {numel} elements")
         cuts = sorted({0, self.resident_numel, self.companion_numel, numel})
         return [
             (
@@ -99,47 +116,134 @@ class Placement:
         ]
 
 
+def overlaps(segments: Iterable[Segment], start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
+    """Segments that hold some of the elements ``[start, stop)``, each with the overlap in chunk elements."""
+    for segment in segments:
+        left, right = max(start, segment.start), min(stop, segment.stop)
+        if left < right:
+            yield segment, left, right
+
+
+def placement_of(segments: Sequence[Segment]) -> Placement:
+    """The placement that segments are cut by."""
+    return Placement(
+        sum(s.numel for s in segments if s.value_tier is Tier.DEVICE),
+        sum(s.numel for s in segments if s.companion_tier is Tier.DEVICE),
+    )
+
+
+def device_bytes_at(segments: Sequence[Segment], placement: Placement) -> int:
+    """Device bytes that these values and companions would take under a placement."""
+    return sum(_device_bytes(segments, placement, key) for key in _keys(segments))
+
+
 def rebuild(old: list[Segment], placement: Placement, numel: int, store: Store) -> list[Segment]:
     """Moves a chunk's elements to a new placement, buffer by buffer, so at most one buffer exists twice at a time.
 
-    Exact: values, master, states and pending gradients arrive bit for bit.
+    Exact: values, master, states and pending gradients arrive bit for bit. What leaves the device goes first, so that it
+    never holds more than the greater of before and after.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room; ``old`` is then what it was.
+        HostMemoryError: the host has no room; likewise.
     """
     bounds = placement.bounds(numel)
     if [(s.start, s.stop, s.value_tier, s.companion_tier) for s in old] == bounds:
         return old
-    dtype = old[0].values.dtype
-    keys = dict.fromkeys(key for segment in old for key in segment.companions)
-    shared = all(segment.master_is_values for segment in old) or (MASTER in keys and dtype == torch.float32)
-    masters = {MASTER: _take_out(old, MASTER, numel, store)} if MASTER in keys else {}
-    whole_values = _take_out(old, None, numel, store)
-    new = []
-    for start, stop, value_tier, companion_tier in bounds:
-        values = store.allocate(value_tier, Kind.PARAMETERS, stop - start, dtype)
-        values.copy_(whole_values[start:stop])
-        new.append(Segment(start, stop, value_tier, companion_tier, values))
-    del whole_values
-    for key in keys:
-        whole = masters.pop(key) if key in masters else _take_out(old, key, numel, store)
-        for segment in new:
-            if key == MASTER and shared and segment.value_tier is segment.companion_tier:
-                segment.companions[key] = segment.values
-            else:
-                target = store.allocate(segment.companion_tier, kind_of(key), segment.numel, whole.dtype)
-                segment.companions[key] = target.copy_(whole[segment.start : segment.stop])
+    new = [Segment(*bound, values=_NOTHING) for bound in bounds]
+    joint = _master_follows_values(old)
+    holders = {key: [s for s in old if key in (_VALUES, *s.companions)] for key in _keys(old)}
+    present = placement_of(old)
+    growth = {key: _device_bytes(old, placement, key) - _device_bytes(old, present, key) for key in holders}
+    moved: list[str] = []
+    try:
+        for key in sorted(holders, key=lambda k: growth[k]):
+            _carry(key, holders[key], new, numel, store, joint)
+            moved.append(key)
+    except Exception:
+        for key in reversed(moved):
+            _carry(key, new, holders[key], numel, store, joint)
+        raise
     return new
 
 
-def _take_out(segments: list[Segment], key: str | None, numel: int, store: Store) -> torch.Tensor:
-    """Copies one kind of buffer of all segments to one host tensor and frees the originals."""
-    sources = [segment.values if key is None else segment.companions.get(key) for segment in segments]
-    dtype = next(source.dtype for source in sources if source is not None)
-    whole = torch.zeros(numel, dtype=dtype)
-    for segment, source in zip(segments, sources, strict=True):
-        if source is None:
+def _keys(segments: Sequence[Segment]) -> list[str]:
+    """What is carried as one: the values (in fp32 with their master), then each companion."""
+    keys = dict.fromkeys(key for segment in segments for key in segment.companions)
+    if _master_follows_values(segments):
+        keys.pop(MASTER)
+    return [_VALUES, *keys]
+
+
+def _master_follows_values(segments: Sequence[Segment]) -> bool:
+    """In fp32 the master has the values' bits, as one buffer or as two."""
+    return segments[0].values.dtype == torch.float32 and any(MASTER in s.companions for s in segments)
+
+
+def _device_bytes(segments: Sequence[Segment], placement: Placement, key: str) -> int:
+    if key == _VALUES:
+        both = _master_follows_values(segments)
+        numel = max(placement.resident_numel, placement.companion_numel) if both else placement.resident_numel
+        return numel * segments[0].values.dtype.itemsize
+    return placement.companion_numel * _widest(segments, key).itemsize
+
+
+def _widest(segments: Iterable[Segment], key: str) -> torch.dtype:
+    """The dtype that loses nothing of a companion whose segments differ in it (a gradient that was widened in part)."""
+    dtypes = [s.values.dtype if key == _VALUES else s.companions[key].dtype for s in segments if _has(s, key)]
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
+def _has(segment: Segment, key: str) -> bool:
+    return key == _VALUES or key in segment.companions
+
+
+def _carry(key: str, old: list[Segment], new: list[Segment], numel: int, store: Store, joint: bool) -> None:
+    """Moves one buffer from old segments to new ones through host memory; if that fails, puts it back."""
+    whole = torch.zeros(numel, dtype=_widest(old, key))
+    for segment in old:
+        whole[segment.start : segment.stop].copy_(_source(segment, key))
+        _free(segment, key, store)
+    try:
+        _fill(key, new, whole, store, joint)
+    except Exception:
+        for segment in new:
+            _free(segment, key, store)
+        _fill(key, old, whole, store, joint)
+        raise
+
+
+def _source(segment: Segment, key: str) -> torch.Tensor:
+    if key == _VALUES and segment.values.dtype != torch.float32:
+        return segment.values
+    return segment.companions.get(MASTER if key == _VALUES else key, segment.values)
+
+
+def _fill(key: str, segments: list[Segment], whole: torch.Tensor, store: Store, joint: bool) -> None:
+    for segment in segments:
+        inside = whole[segment.start : segment.stop]
+        if key != _VALUES:
+            segment.companion(store, key, whole.dtype).copy_(inside)
             continue
-        whole[segment.start : segment.stop].copy_(source)
-        if key is None:
-            store.free(segment.value_tier, Kind.PARAMETERS, source)
+        segment.values = store.allocate(segment.value_tier, Kind.PARAMETERS, segment.numel, whole.dtype).copy_(inside)
+        if not joint:
+            continue
+        if segment.value_tier is segment.companion_tier:
+            segment.companions[MASTER] = segment.values
         else:
+            segment.companion(store, MASTER, whole.dtype).copy_(inside)
+
+
+def _free(segment: Segment, key: str, store: Store) -> None:
+    """Frees what :func:`_fill` makes, as far as it is there."""
+    if key != _VALUES:
+        if key in segment.companions:
             segment.drop(store, key)
-    return whole
+        return
+    joint = segment.values.dtype == torch.float32 and MASTER in segment.companions
+    if joint:
+        segment.drop(store, MASTER)
+    segment.drop_values(store)

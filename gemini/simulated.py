@@ -122,7 +122,6 @@ class SimulatedDevice(Device):
         self._tracker = StorageTracker(self._admit, guard_reads=True)
         self._activity_depth = 0
         self._peak_bytes = 0
-        self.expects_backward = False
         _BackwardWatch.add(self)
 
     # -- memory ------------------------------------------------------------------------------------------------------
@@ -132,9 +131,9 @@ class SimulatedDevice(Device):
         in_use_bytes = self.model_data_bytes + self._tracker.live_bytes
         if in_use_bytes + num_bytes > self.capacity_bytes:
             raise torch.OutOfMemoryError(
-                f"simulated device out of memory: tried to allocate {format_bytes(num_bytes)}; capacity "
-                f"{format_bytes(self.capacity_bytes)}, model data {format_bytes(self.model_data_bytes)}, non-model data "
-                f"{format_bytes(self._tracker.live_bytes)}"
+                f"simulated device out of memory: tried to allocate {format_bytes(num_bytes)}; "
+                f"capacity {format_bytes(self.capacity_bytes)}, model data {format_bytes(self.model_data_bytes)}, "
+                f"non-model data {format_bytes(self._tracker.live_bytes)}"
             )
         self._peak_bytes = max(self._peak_bytes, in_use_bytes + num_bytes)
 
@@ -155,6 +154,14 @@ class SimulatedDevice(Device):
             self._fill(buffer)
             super().give_back(buffer)
 
+    def forget(self, buffer: torch.Tensor) -> None:
+        """Poisons the buffer. Copies still queued on it run first."""
+        for stream in self._streams:
+            stream.run_touching(buffer.untyped_storage().data_ptr())
+        with _unwatched():
+            self._fill(buffer)
+        super().forget(buffer)
+
     def take_again(self, buffer: torch.Tensor, numel: int) -> None:
         """Puts poisoned memory back under the buffer."""
         self._admit(numel * buffer.dtype.itemsize)
@@ -169,6 +176,11 @@ class SimulatedDevice(Device):
     def memory(self) -> DeviceMemory:
         """Exact figures: every storage is followed."""
         return DeviceMemory(self.model_data_bytes, self._tracker.live_bytes, self._peak_bytes, self._tracker.peak_bytes)
+
+    @property
+    def refused_bytes(self) -> int:
+        """What the refused request would have made of the non-model bytes."""
+        return self._tracker.refused_bytes
 
     def _start_window(self) -> None:
         self._tracker.reset_peak()

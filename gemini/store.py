@@ -51,10 +51,15 @@ class Store:
         return buffer
 
     def free(self, tier: Tier, kind: Kind, buffer: torch.Tensor) -> None:
-        """Gives a buffer's bytes back. The tensor object must not be read afterwards."""
+        """Gives a buffer's bytes back. The tensor object must not be read afterwards.
+
+        A gathered buffer is emptied and may be filled again; of any other the memory goes with its last reference.
+        """
         self.bytes_by[tier, kind] -= buffer.nbytes
-        if tier is Tier.DEVICE:
+        if tier is Tier.DEVICE and kind is Kind.GATHERED:
             self.device.give_back(buffer)
+        elif tier is Tier.DEVICE:
+            self.device.forget(buffer)
         else:
             self.host.release(buffer)
 

@@ -23,7 +23,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
 
 
-class StorageTracker(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that counts each storage from the operator that makes it to the death of its last tensor.
 
     Args:
@@ -34,15 +34,17 @@ class StorageTracker(TorchDispatchMode):
     Attributes:
         live_bytes: counted now.
         peak_bytes: highest since :meth:`reset_peak`.
+        refused_bytes: what ``live_bytes`` would have been had no request since then been refused; 0 if none was.
     """
 
     def __init__(self, admit: Callable[[int], None], guard_reads: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._admit = admit
         self._guard_reads = guard_reads
         self._storages: dict[int, Any] = {}
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.refused_bytes = 0
 
     def exempt(self, tensor: torch.Tensor) -> None:
         """Never counts this tensor's storage: it is model data and counted by its owner."""
@@ -51,11 +53,12 @@ class StorageTracker(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Starts a new window for ``peak_bytes``."""
         self.peak_bytes = self.live_bytes
+        self.refused_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator, then counts storages that are new in its outputs."""
         if self._guard_reads:
-            _refuse_released(func, args)
+            _refuse_released(func, (*args, *(kwargs or {}).values()))
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             self._note(tensor)
@@ -64,9 +67,16 @@ class StorageTracker(TorchDispatchMode):
     def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if id(storage) not in self._storages:
-            self._admit(storage.nbytes())
+            self._ask(storage.nbytes())
             self._remember(storage, storage.nbytes())
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _ask(self, num_bytes: int) -> None:
+        try:
+            self._admit(num_bytes)
+        except torch.OutOfMemoryError:
+            self.refused_bytes = max(self.refused_bytes, self.live_bytes + num_bytes)
+            raise
 
     def _remember(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
         key = id(storage)

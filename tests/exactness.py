@@ -66,7 +66,7 @@ def least_capacity(model_type: str) -> int:
     engine, batch = make_engine(model_type, LARGE, "cpu")
     seed_all()
     engine.backward(engine(**batch).loss)
-    least_bytes = least_capacity_bytes(engine._facts, engine.manager.trace)
+    least_bytes = least_capacity_bytes(engine.facts, engine.manager.trace)
     engine.close()
     return least_bytes
 

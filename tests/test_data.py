@@ -12,9 +12,11 @@ from data_case import CHATML, CHATML_GENERATION, PROPERTY, TALK, chat_tokenizer,
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 import zero.data.ids as ids_module
+from zero.data.chat import tokenise_spans
 from zero.data.collate import Collator, pad_id
 from zero.data.packing import IGNORED_LABEL, TokenDataset, TokenRecord, best_fit, pack_stream
 from zero.data.preview import describe_sample
@@ -91,6 +93,14 @@ def test_plain_text_loses_no_token(contents: list[str], seq_length: int, packing
     assert dataset.num_loss_tokens == dataset.num_tokens - len(sequences)
 
 
+def test_the_first_token_of_a_sequence_counts_as_none_in_the_loss() -> None:
+    tokens, mask = np.arange(6, dtype=np.int32), np.array([True, False, True, True, True, False])
+    dataset = TokenDataset(tokens, mask, np.array([0, 3, 6]))
+    assert dataset.num_loss_tokens == 2
+    assert TokenRecord("t", tokens, mask).num_learned == 3
+    assert labels_of(dataset) == [[0, IGNORED_LABEL, 2], [3, 4, IGNORED_LABEL]]
+
+
 def test_without_packing_no_sequence_holds_two_documents() -> None:
     dataset = encode(texts("one two three", "four"), tokenizer(), 4, packing=False)
     joined = [tokenizer().decode(sequence) for sequence in ids_of(dataset)]
@@ -98,7 +108,7 @@ def test_without_packing_no_sequence_holds_two_documents() -> None:
     assert "".join(joined) == "</s>one two three</s></s>four</s>"
 
 
-@pytest.mark.parametrize(("num_tokens", "lengths"), [(8, [4, 4]), (9, [4, 3, 2]), (10, [4, 4, 2]), (3, [3])])
+@pytest.mark.parametrize(("num_tokens", "lengths"), [(8, [4, 4]), (9, [4, 3, 2]), (10, [4, 4, 2]), (3, [3]), (1, [1])])
 def test_the_rest_of_a_stream_is_kept_and_never_a_lone_token(num_tokens: int, lengths: list[int]) -> None:
     dataset = pack_stream([TokenRecord("t", np.arange(num_tokens, dtype=np.int32))], 4)
     assert [len(sequence) for sequence in ids_of(dataset)] == lengths
@@ -135,6 +145,14 @@ def test_tokenizers_without_bos_and_with_a_suffix_keep_their_ways() -> None:
     assert ids_of(encode(texts("hello there"), framed, 64)) == [[0, *bare, EOS]]
 
 
+def test_parts_are_not_cut_within_blank_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "word\n\n\n\nword\n\n\n" * 20 + "end"
+    made = builtin_tokenizer(300, [text])
+    whole = made(text).input_ids
+    monkeypatch.setattr(ids_module, "MAX_BATCH_CHARS", 5)
+    assert sum(ids_of(encode(texts(text), made, 64)), []) == [*whole, EOS]
+
+
 # --- prompts and completions
 
 
@@ -155,6 +173,20 @@ def test_a_prompt_has_the_tokens_it_has_on_its_own_where_a_token_would_cross_the
     assert sample["input_ids"].tolist()[: len(prompt)] == prompt
     assert made.decode(sample["input_ids"]) == "</s>abcd</s>"
     assert (sample["labels"] != IGNORED_LABEL).tolist() == [i >= len(prompt) for i in range(len(sample["labels"]))]
+
+
+def test_a_tokenizer_that_begins_texts_with_a_blank_puts_none_between_prompt_and_completion() -> None:
+    from tokenizers import Tokenizer, decoders, models, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.train_from_iterator(builtin_documents()[:40], trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for prompt, completion in (("The name", " is this"), ("The name:", "me")):
+        sample = encode([PromptRecord("p:1", prompt, completion)], made, 64)[0]
+        assert made.decode(sample["input_ids"]) == prompt + completion
+        assert made.decode(sample["input_ids"][sample["labels"] == IGNORED_LABEL]) == prompt
 
 
 def test_loss_on_prompt_learns_everything() -> None:
@@ -239,11 +271,11 @@ def test_only_the_assistant_is_learned_token_by_token(template: str, line_end: b
 
 def test_a_generation_block_that_ends_in_blanks_does_not_run_on() -> None:
     # With trimmed offsets the last character has no token by position, which must not mean "all the rest".
-    template = CHATML_GENERATION.replace("<|im_end|>{% endgeneration %}", "<|im_end|>{{ '\\n' }}{% endgeneration %}")
+    template = CHATML_GENERATION.replace("<|im_end|>{% endgeneration %}", "<|im_end|> {% endgeneration %}")
     made = chat_tokenizer(template, trim_offsets=True)
     sample = encode([MessagesRecord("m:1", TALK)], made, 256)[0]
     learned = sample["input_ids"][sample["labels"] != IGNORED_LABEL]
-    assert made.decode(learned) == "Paris<|im_end|>\nLima, of course.<|im_end|>\n"
+    assert made.decode(learned) == "Paris<|im_end|> Lima, of course.<|im_end|> "
 
 
 def test_a_tokenizer_without_offsets_gives_the_same_mask() -> None:
@@ -262,6 +294,12 @@ def test_a_tokenizer_without_offsets_gives_the_same_mask() -> None:
     fast = encode([MessagesRecord("m:1", TALK)], made, 256)
     slow = encode([MessagesRecord("m:1", TALK)], Slow(), 256)
     assert (ids_of(fast), labels_of(fast)) == (ids_of(slow), labels_of(slow))
+
+
+def test_an_empty_span_marks_nothing() -> None:
+    ids, mask = tokenise_spans("abcdef", [(1, 1), (6, 6)], builtin_tokenizer(300, ["abcdef"] * 9))
+    assert len(ids) == 1
+    assert not mask.any()
 
 
 # Writes an answer's reasoning only where it is the last, as reasoning models' templates do.
@@ -319,6 +357,10 @@ def test_sequences_and_tokens_that_the_model_cannot_read_are_refused() -> None:
         DataError, match=r"t:1: the tokenizer gives token id \d+ .*below 300 only.*512 tokens.*vocab_size"
     ):
         encode(texts(builtin_documents()[0]), tokenizer(), 64, vocab_size=300)
+    highest = max(tokenizer()("some words").input_ids)
+    encode(texts("some words"), tokenizer(), 64, vocab_size=highest + 1)
+    with pytest.raises(DataError, match=f"token id {highest} .*below {highest} only"):
+        encode(texts("some words"), tokenizer(), 64, vocab_size=highest)
     with pytest.raises(DataError, match="no record"):
         encode([], tokenizer(), 64)
     with pytest.raises(DataError, match="several kinds"):

@@ -185,13 +185,14 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty messages": (put("a.jsonl", talk()), r'{at}:2: "messages" is empty'),
     "messages as text": (
         put("a.jsonl", TALK + '{"messages": "hi"}\n'),
-        r"""{at}:2: "messages" holds str \('hi'\); a list of""",
+        r"""{at}:2: "messages" holds text \('hi'\); a list of""",
     ),
     "null messages": (put("a.jsonl", TALK + '{"messages": null}\n'), r'{at}:2: "messages" is null'),
     "unknown role": (
         put("a.jsonl", talk({"role": "human", "content": "a"})),
         r"""{at}:2: messages\[0\] has role 'human'; allowed: .*mean "user"\?""",
     ),
+    "misspelt role": (put("a.jsonl", talk(USER, {**ANSWER, "role": "asistant"})), r'mean "assistant"'),
     "no role": (
         put("a.jsonl", talk({"from": "user", "value": "a"})),
         r'{at}:2: messages\[0\] has no "role" \(it has "from",',
@@ -205,7 +206,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
         put("a.jsonl", talk({"role": "user", "content": [{"type": "image"}]}, ANSWER)),
         r"{at}:2: content of messages\[0\] has a part that is not text",
     ),
-    "text for a message": (put("a.jsonl", talk("hi")), r"{at}:2: messages\[0\] holds str \('hi'\)"),
+    "text for a message": (put("a.jsonl", talk("hi")), r"{at}:2: messages\[0\] holds text \('hi'\)"),
     "no assistant": (
         put("a.jsonl", talk(USER, USER)),
         r"{at}:2: .*no assistant turn, so there is nothing to learn from \(roles: user\)",

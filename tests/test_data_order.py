@@ -109,6 +109,15 @@ def test_loader_counts_what_it_delivered_not_what_workers_read_ahead() -> None:
     assert [rows_of(batch) for batch in second] == straight[2:]
 
 
+def test_the_same_loader_goes_on_after_a_break_whatever_its_workers_read() -> None:
+    straight = [rows_of(batch) for batch in small_loader()]
+    for num_workers in (0, 2):
+        loader = small_loader(num_workers=num_workers)
+        done = [rows_of(batch) for batch in itertools.islice(loader, 3)]
+        assert done + [rows_of(batch) for batch in loader] == straight
+        assert len(loader) == len(straight)
+
+
 def noisy(samples: list[Any]) -> dict[str, torch.Tensor]:
     noise = [random.random(), float(np.random.rand()), float(torch.rand(()))]
     return {"input_ids": torch.zeros(len(samples), 1), "noise": torch.tensor(noise, dtype=torch.float64)}

@@ -121,12 +121,12 @@ def test_a_giant_line_and_a_giant_field_are_no_trouble(tmp_path: Path) -> None:
     giant = "word " * 600_000
     (tmp_path / "a.jsonl").write_text(jsonl([{"text": giant}]))
     (tmp_path / "a.csv").write_text(f"text\n{giant}\n")
-    limit = csv.field_size_limit()
+    csv.field_size_limit(131072)
     for name in ("a.jsonl", "a.csv"):
         (record,) = load_records(tmp_path / name).records
         assert isinstance(record, TextRecord)
         assert len(record.text) == len(giant)
-    assert csv.field_size_limit() == limit
+    assert csv.field_size_limit() == 131072
 
 
 def test_prompts_and_instructions(tmp_path: Path) -> None:
@@ -221,6 +221,12 @@ def test_a_hub_dataset_is_read_by_split_with_its_own_evaluation(monkeypatch: pyt
     asked.clear()
     build_dataloaders(config("owner/set", eval_split="test", train_split="train[:10%]"), tokenizer())
     assert [row[2] for row in asked] == ["train[:10%]", "test"]
+    asked.clear()
+    build_dataloaders(config("owner/set", train_split="validation"), tokenizer())
+    assert [row[2] for row in asked] == ["validation", "test"]
+    bundle = build_dataloaders(config("owner/set", streaming=True, max_samples=7, packing=False), tokenizer())
+    assert bundle.eval_dataset is not None
+    assert len(bundle.eval_dataset) == 7
     asked.clear()
     assert build_dataloaders(config("owner/set", eval_fraction=0), tokenizer()).eval_loader is None
     assert len(asked) == 1

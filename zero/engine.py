@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from torch import nn
 from gemini.arena import HostArena
 from gemini.chunk import ChunkTensor
 from gemini.device import Device
-from gemini.plan import DoesNotFitError, Plan, offload_all
+from gemini.plan import Plan, offload_all
 from gemini.policy import does_not_fit
 from gemini.store import Tier
 from gemini.trace import Trace
-from zero import export
+from zero import checkpoint, export
 from zero.config.schema import Config
 from zero.errors import UserError
 from zero.gradient import unmanage
@@ -46,6 +47,7 @@ class Engine:
             engine.step()
 
     Attributes:
+        run_id: names the run; a resumed run takes over its checkpoint's.
         module: the user's model; calling it, ``loss.backward()`` and ``optimizer.step()`` work as ever.
         optimizer: a ``torch.optim.Optimizer`` to the eye; None if none was given.
         criterion: the user's, unchanged.
@@ -53,6 +55,7 @@ class Engine:
         num_steps: optimizer steps taken, skipped ones not counted.
         num_skipped_steps: steps skipped for a gradient that was not finite.
         skipped_last_step: whether the last one was.
+        last_step_peak_bytes: highest bytes on the device during the last step.
     """
 
     def __init__(
@@ -69,10 +72,12 @@ class Engine:
         self.criterion = criterion
         self.config = config
         self.device = device
+        self.run_id = uuid.uuid4().hex
         self.grad_norm: float | None = None
         self.num_steps = 0
         self.num_skipped_steps = 0
         self.skipped_last_step = False
+        self.last_step_peak_bytes = 0
         self._accumulation = config.train.gradient_accumulation_steps
         self._micro_step = 0
         self._at_loader_end = False
@@ -84,7 +89,7 @@ class Engine:
         managed = take_over(model, config, device, state_bytes, self._accumulation > 1, self._host)
         self.manager = managed.manager
         self._tensors = managed.tensors
-        self._facts = managed.facts
+        self.facts = managed.facts
         self._ordered = [managed.tensors[id(p)] for p in model.parameters() if id(p) in managed.tensors]
         self._hooks = ModelHooks(
             model, managed.units, self.manager, self._tensors, self._pass_begins, self._backward_ends
@@ -96,7 +101,7 @@ class Engine:
             groups = map_groups(optimizer, self._tensors, managed.names)
             updater = self._make_updater(optimizer, groups, kernel)
             self.optimizer = ZeroOptimizer(optimizer, self.manager, self._tensors, updater, self.step, self.zero_grad)
-        self.manager.apply(self._policy.initial(self._facts, device.capacity_bytes))
+        self.manager.apply(self._policy.initial(self.facts, device.capacity_bytes))
         self._last_counters = (self.manager.counters, 0, 0)
 
     def _make_updater(
@@ -153,7 +158,7 @@ class Engine:
 
     @property
     def is_boundary(self) -> bool:
-        """Whether the next ``step()`` acts: the micro-batch is the last of its accumulation window, or of the loader."""
+        """Whether the next ``step()`` acts: its micro-batch is the last of the accumulation window, or of the loader."""
         return self._at_loader_end or (self._micro_step + 1) % self._accumulation == 0
 
     def step(self) -> None:
@@ -183,6 +188,7 @@ class Engine:
         else:
             self.num_skipped_steps += 1
         self.scaler.update(overflow=not statistics.finite)
+        self.optimizer.mark_stepped()
         self._keep_counters()
 
     def _update(self, factor: float) -> None:
@@ -200,6 +206,7 @@ class Engine:
             trace.step_peak_bytes = max(trace.step_peak_bytes, self.device.memory().non_model_peak_bytes)
 
     def _keep_counters(self) -> None:
+        self.last_step_peak_bytes = self.device.take_step_peak_bytes()
         transfer = self.manager.transfer
         self._last_counters = (self.manager.counters, transfer.h2d_bytes, transfer.d2h_bytes)
         self.manager.reset_counters()
@@ -246,7 +253,7 @@ class Engine:
         trace = self.manager.trace
         if trace is None:
             return
-        self.manager.apply(self._policy.decide(self._facts, trace, self.device.capacity_bytes))
+        self.manager.apply(self._policy.decide(self.facts, trace, self.device.capacity_bytes))
 
     def _offload_everything(self) -> bool:
         """Takes all model data off the device, if the policy may; True if anything was there."""
@@ -255,7 +262,7 @@ class Engine:
         self._needs_plan = True
         if not any(p.resident_numel or p.companion_numel for p in self.plan.placements):
             return False
-        self.manager.apply(offload_all("auto", self._facts))
+        self.manager.apply(offload_all("auto", self.facts))
         return True
 
     def _refusal(self, error: torch.OutOfMemoryError) -> Exception:
@@ -264,7 +271,7 @@ class Engine:
         if not moments:
             return error
         trace = Trace(moments=moments)
-        refusal = does_not_fit(self._facts, self.plan, trace, self.device.capacity_bytes)
+        refusal = does_not_fit(self.facts, self.plan, trace, self.device.capacity_bytes)
         refusal.__notes__ = [str(error)]
         return refusal
 
@@ -331,6 +338,14 @@ class Engine:
         self.manager.check_integrity()
 
     # -- out and over ------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, directory: str | Path, **options: Any) -> Path:
+        """Writes everything a resume needs; see :func:`zero.checkpoint.save_checkpoint`."""
+        return checkpoint.save_checkpoint(self, directory, **options)
+
+    def load_checkpoint(self, directory: str | Path, **options: Any) -> checkpoint.LoadedState:
+        """Goes on from a checkpoint, bit for bit; see :func:`zero.checkpoint.load_checkpoint`."""
+        return checkpoint.load_checkpoint(self, directory, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a Hugging Face folder that loads without this project, chunk by chunk."""

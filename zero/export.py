@@ -57,7 +57,7 @@ class StateDictHook:
 
 
 def tensors_to_save(module: nn.Module, tensors: dict[int, ChunkTensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and values for a folder: each tied parameter once, then persistent buffers. Values are made one at a time."""
+    """Names and values for a folder, one at a time: each tied parameter once, then persistent buffers."""
     names: dict[int, list[str]] = {}
     owners: dict[int, nn.Parameter] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from gemini.chunk import ChunkTensor
 from gemini.manager import Manager, Phase
+from zero.gradient import take_autograd_gradient
 from zero.units import Unit
 
 
@@ -199,7 +200,7 @@ class ModelHooks:
             # Never the tensor itself: where a node saves its own output, that is a cycle which only backward breaks,
             # and a branch that gets no gradient would leak it every step.
             return saved.detach() if saved.grad_fn is not None else saved
-        return SavedView(tensor, saved.shape, saved.stride(), saved.storage_offset())
+        return SavedView(tensor, saved.shape, saved.stride(), int(saved.storage_offset()))
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, SavedView):
@@ -246,7 +247,7 @@ class ModelHooks:
             self._manager.begin_backward()
         if not self._callback_queued:
             self._callback_queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
 
     def _backward_ended(self) -> None:
         self._callback_queued = False
@@ -259,13 +260,12 @@ class ModelHooks:
         self._manager.device.expects_backward = False
 
     def _gradient_ready(self, parameter: torch.Tensor) -> None:
-        gradient = torch.Tensor.grad.__get__(parameter)  # type: ignore[attr-defined]
+        # Ours now: the slot or the owner's buffer holds it, and autograd starts afresh next time.
+        gradient = take_autograd_gradient(parameter)
         if gradient is None:
             return
         if _inside_backward():
             self._enter_backward()
-        # Ours now: the slot or the owner's buffer holds it, and autograd starts afresh next time.
-        torch.Tensor.grad.__set__(parameter, None)  # type: ignore[attr-defined]
         self._manager.take_gradient(self._tensors[id(parameter)], gradient)
 
 

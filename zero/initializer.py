@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemini.device import Device
 from zero.config.loading import load_config
 from zero.config.schema import Config
 from zero.engine import Engine
@@ -29,6 +30,7 @@ def initialize(
     test_dataloader: Any = None,
     lr_scheduler: Any = None,
     config: Config | Mapping[str, Any] | str | Path | None = None,
+    device: Device | None = None,
 ) -> tuple[Engine, Any, Any, Any]:
     """Takes a model over.
 
@@ -39,6 +41,7 @@ def initialize(
         train_dataloader: returned ready to iterate; the engine learns from it when an epoch ends.
         test_dataloader: returned as it is.
         lr_scheduler: built on ``optimizer``; returned as it is, and drives the engine.
+        device: one made already; by default the one that ``[device]`` names.
         config: path, dict or Config; by default what ``launch()`` read, else all defaults.
 
     Returns:
@@ -52,7 +55,7 @@ def initialize(
     if not isinstance(model, nn.Module):
         raise UserError(f"model: a torch.nn.Module is needed, {type(model).__name__} was given")
     kernel = choose_kernel(resolved, optimizer)
-    engine = Engine(model, optimizer, criterion, resolved, make_device(resolved), kernel)
+    engine = Engine(model, optimizer, criterion, resolved, device or make_device(resolved), kernel)
     train = LoaderView(train_dataloader, engine.end_of_loader) if train_dataloader is not None else None
     return engine, train, test_dataloader, lr_scheduler
 

@@ -36,6 +36,11 @@ class LossScaler:
         if not self.enabled:
             self.scale = 1.0
 
+    @property
+    def at_floor(self) -> bool:
+        """Whether backing off further could not help: the scale is as low as it may be, or there is none."""
+        return not self.enabled or self.scale <= self.min_scale
+
     def update(self, overflow: bool) -> None:
         """Takes note of a step that overflowed, or of one that did not."""
         if not self.enabled:

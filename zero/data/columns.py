@@ -155,7 +155,14 @@ def check_text(value: Any, name: str) -> str:
 def describe(value: Any) -> str:
     """A value of a wrong type in a message: its type, and itself where it is short."""
     shown = repr(value)
-    name = {"int": "a number", "float": "a number", "list": "a list", "dict": "an object", "bool": "true or false"}
+    name = {
+        "int": "a number",
+        "float": "a number",
+        "list": "a list",
+        "dict": "an object",
+        "str": "text",
+        "bool": "true or false",
+    }
     kind = name.get(type(value).__name__, type(value).__name__)
     return f"{kind} ({shown if len(shown) <= 40 else shown[:37] + '...'})"
 

@@ -14,7 +14,7 @@ from zero.data.hub import eval_split
 from zero.data.locate import is_hub_name
 from zero.data.packing import TokenDataset
 from zero.data.records import Problems
-from zero.data.resumable import Batch, ResumableLoader, seed_worker, worker_seed
+from zero.data.resumable import Batch, ResumableLoader, worker_seed
 from zero.data.sampler import ResumableSampler
 from zero.data.settings import DataSettings, Settings, Sources
 from zero.data.sources import BUILTIN, ReadOptions, RecordSet, load_records
@@ -167,7 +167,6 @@ def _loaders(
         collate_fn=collate,
         num_workers=data.num_workers,
         generator=torch.Generator().manual_seed(worker_seed(train.seed, 0)),
-        worker_init_fn=seed_worker,
     )
     return train_loader, eval_loader
 

@@ -37,7 +37,7 @@ def find_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if _exists(path):
         if path.is_dir():
-            return [path] if is_saved_dataset(path) else _files_in(path)
+            return _files_in(path)
         if not path.is_file():
             raise DataError(f"{path}: not a regular file; name a data file or a folder of them")
         return [path]
@@ -67,6 +67,8 @@ def _is_pattern(source: str) -> bool:
 def _files_in(folder: Path) -> list[Path]:
     try:
         os.listdir(folder)  # walking passes over folders that cannot be read
+        if is_saved_dataset(folder):
+            return [folder]
         files = sorted(file for file in _walk(folder) if file.is_file())
     except OSError as error:
         raise DataError(f"{folder}: the folder cannot be read: {error.strerror or error}") from error

@@ -1,8 +1,7 @@
-"""The training loader: knows what it has delivered, and seeds its workers."""
+"""The training loader: it knows what it has delivered, and seeds its workers."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,8 +23,9 @@ class ResumableLoader(DataLoader[Batch]):
     """
 
     def __init__(self, dataset: TokenDataset, sampler: ResumableSampler, seed: int, **options: Any) -> None:
-        # A generator of its own: the global one, which dropout draws from, is left as it is.
-        super().__init__(dataset, sampler=sampler, generator=torch.Generator(), worker_init_fn=seed_worker, **options)
+        # A generator of its own: the global one, which dropout draws from, is left as it is. PyTorch seeds workers from
+        # it (torch, random and numpy).
+        super().__init__(dataset, sampler=sampler, generator=torch.Generator(), **options)
         self._place = sampler
         self._seed = seed
         self._epoch, self._index = sampler.epoch, sampler.index
@@ -71,10 +71,3 @@ def worker_seed(seed: int, epoch: int) -> int:
     """A seed for an epoch's workers, from 0 to 2^63 - 1."""
     words = np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch]).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))
-
-
-def seed_worker(worker_id: int) -> None:
-    """Seeds Python's and numpy's generators in a loader's worker, from the seed that PyTorch gave it."""
-    seed = torch.initial_seed()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)

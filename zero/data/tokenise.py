@@ -165,7 +165,11 @@ def _tokenised_texts(records: Sequence[TextRecord], tokenizer: Any) -> Iterator[
 
 
 def _tokenised_prompts(records: Sequence[PromptRecord], tokenizer: Any) -> Iterator[TokenRecord]:
-    """A prompt's tokens are those it has on its own, as when the model is used; the completion's follow."""
+    """A prompt's tokens are those it has on its own, as when the model is used; the completion's follow.
+
+    A prompt that ends within a word, or in a blank, makes the tokenizer write the completion's start another way than
+    in running text. That is what the model meets in use, too.
+    """
     frame = Frame(tokenizer)
     prompts = token_ids((record.prompt for record in records), tokenizer)
     completions = token_ids((record.completion for record in records), tokenizer)

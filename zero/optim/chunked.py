@@ -47,8 +47,27 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._on_step = on_step
         self._on_zero_grad = on_zero_grad
         self._import_state(optimizer)
-        optimizer.step = types.MethodType(lambda _, closure=None: self.step(closure), optimizer)  # type: ignore[method-assign]
-        optimizer.zero_grad = types.MethodType(lambda _, set_to_none=True: self.zero_grad(set_to_none), optimizer)  # type: ignore[method-assign]
+        self._original = optimizer
+        self._forward_verbs(optimizer)
+
+    def _forward_verbs(self, optimizer: torch.optim.Optimizer) -> None:
+        """The user's own optimizer object steps and clears through this one."""
+
+        def step(_: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
+            return self.step(closure)
+
+        def zero_grad(_: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+            self.zero_grad(set_to_none)
+
+        # A scheduler built before marks the step it has wrapped, and warns when the mark is gone.
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+        optimizer.zero_grad = types.MethodType(zero_grad, optimizer)  # type: ignore[method-assign]
+
+    def mark_stepped(self) -> None:
+        """Tells schedulers on either object that the optimizer has stepped, whoever called for it."""
+        for optimizer in (self, self._original):
+            optimizer.__dict__["_opt_called"] = True
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step, or nothing inside an accumulation window.
@@ -161,8 +180,8 @@ def map_groups(
             tensor = tensors.get(id(parameter))
             if tensor is None and id(parameter) not in names:
                 raise UserError(
-                    f"optimizer: group {position} holds a parameter of shape {tuple(parameter.shape)} that is not one of "
-                    "the model's; build the optimizer over model.parameters() of the model given to initialize()"
+                    f"optimizer: group {position} holds a parameter of shape {tuple(parameter.shape)} that is not one "
+                    "of the model's; build the optimizer over model.parameters() of the model given to initialize()"
                 )
             if tensor is not None and tensor.chunk.layout.trainable:
                 groups[tensor] = group

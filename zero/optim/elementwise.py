@@ -18,10 +18,9 @@ _REASONS = {
     "Muon": "orthogonalises whole matrices",
     "SparseAdam": "works on sparse gradients",
 }
-_KNOWN = {
-    name
-    for name in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop")
-}
+_KNOWN = frozenset(
+    ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop")
+)
 
 
 def require_elementwise(optimizer: torch.optim.Optimizer) -> None:

@@ -28,8 +28,8 @@ class StepRecord:
         tokens: Tokens of the step, over all ranks and micro-batches.
         tokens_per_s: ``tokens / step_s``.
         step_s: Wall time of the step in seconds.
-        device_bytes: Bytes in use on the device at the end of the step.
-        device_peak_bytes: Most bytes in use on the device during the step.
+        device_bytes: Most bytes in use on the device during the step.
+        device_peak_bytes: Most bytes in use on the device since the run began.
         device_capacity_bytes: Bytes the device may use; None where there is no limit (plain CPU).
         host_bytes: Bytes this project holds on the host.
         pinned_bytes: The part of ``host_bytes`` that is pinned.

@@ -1,0 +1,76 @@
+"""Gradients on their way to the segments that own them.
+
+The first gradient of a step keeps its dtype; sums over micro-batches are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gemini.layout import ParameterSpec
+from gemini.segment import GRADIENT, Segment, overlaps
+from gemini.store import Kind, Store
+from gemini.transfer import Transfer
+
+
+def flat_gradient(gradient: torch.Tensor, spec: ParameterSpec) -> torch.Tensor:
+    """A gradient's elements in the order in which its parameter's lie in the chunk."""
+    if gradient.stride() == spec.stride:  # the usual case: its memory, in order, is what the owner wants
+        return gradient.as_strided((spec.numel,), (1,))
+    flat = torch.empty(spec.numel, dtype=gradient.dtype, device=gradient.device)
+    flat.as_strided(spec.shape, spec.stride).copy_(gradient)
+    return flat
+
+
+def reserve(segments: Sequence[Segment], store: Store, start: int, stop: int, dtype: torch.dtype, first: bool) -> None:
+    """Makes room for the gradient of elements ``[start, stop)`` with its owners, so that sending it cannot fail.
+
+    Args:
+        segments: of the chunk.
+        store: gives memory.
+        start: first element of the chunk.
+        stop: first element after.
+        dtype: of the gradient.
+        first: nothing of these elements has come since the last ``zero_grad``.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room.
+        HostMemoryError: the host has no room.
+    """
+    for segment, _, _ in overlaps(segments, start, stop):
+        _owned(segment, store, dtype if first else torch.float32)
+
+
+def send(
+    segments: Sequence[Segment], store: Store, transfer: Transfer, start: int, source: torch.Tensor, first: bool
+) -> None:
+    """Copies a gradient to its owners, or adds it.
+
+    Args:
+        segments: of the chunk.
+        store: gives memory; none is asked for after :func:`reserve`.
+        transfer: carries the bytes.
+        start: first element of the chunk.
+        source: 1-D, the gradient of the elements from ``start`` on.
+        first: copy instead of adding.
+    """
+    for segment, left, right in overlaps(segments, start, start + source.numel()):
+        target = _owned(segment, store, source.dtype if first else torch.float32)
+        inside = target[left - segment.start : right - segment.start]
+        transfer.gradient_out(inside, source[left - start : right - start], segment.companion_tier, add=not first)
+
+
+def _owned(segment: Segment, store: Store, dtype: torch.dtype) -> torch.Tensor:
+    """The segment's gradient buffer, able to take ``dtype``; widened where it is too narrow."""
+    present = segment.companions.get(GRADIENT)
+    if present is None:
+        return segment.companion(store, GRADIENT, dtype)
+    if present.dtype == dtype or present.dtype == torch.float32:
+        return present
+    # Both exist for a moment: if there is no room for the wide one, the narrow one must still be there.
+    wide = store.allocate(segment.companion_tier, Kind.GRADIENTS, segment.numel, torch.float32).copy_(present)
+    segment.drop(store, GRADIENT)
+    segment.companions[GRADIENT] = wide
+    return wide

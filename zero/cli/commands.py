@@ -1,0 +1,124 @@
+"""One function per verb. Heavy imports happen inside, so that ``zero validate`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zero.config.describe import config_help, to_toml
+from zero.config.loading import load_config
+from zero.config.overrides import parse_overrides
+from zero.errors import UserError
+
+if TYPE_CHECKING:
+    from zero.config.schema import Config
+
+
+class RunFailed(RuntimeError):
+    """A run that began could not be finished; exit code 1."""
+
+
+def _load(arguments: argparse.Namespace, rest: list[str], require: tuple[str, ...] = ()) -> Config:
+    if arguments.config is None and not rest:
+        raise UserError("a config file is needed, such as configs/quickstart.toml")
+    return load_config(arguments.config, parse_overrides(rest), require=require)
+
+
+def _one_process(arguments: argparse.Namespace) -> None:
+    if arguments.nprocs != 1:
+        raise UserError(f"--nprocs {arguments.nprocs}: this version trains in one process; use --nprocs 1")
+
+
+def train(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``zero train CONFIG``."""
+    _one_process(arguments)
+    config = _load(arguments, rest, require=("model", "data"))
+    from zero.trainer import Trainer, TrainingStopped
+
+    try:
+        Trainer(config).run()
+    except TrainingStopped as error:
+        raise RunFailed(str(error)) from error
+    return 0
+
+
+def validate(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``zero validate CONFIG``: 0 and the resolved config, or 2 and every problem."""
+    if arguments.keys:
+        sys.stdout.write(config_help() + "\n")
+        return 0
+    config = _load(arguments, rest)
+    sys.stdout.write(to_toml(config))
+    return 0
+
+
+def plan(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``zero plan CONFIG``: 0 if it fits, 2 if not."""
+    config = _load(arguments, rest, require=("model",))
+    from zero.cli.plan import plan_text
+
+    text, fits = plan_text(config)
+    sys.stdout.write(text + "\n")
+    return 0 if fits else 2
+
+
+def env(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``zero env``."""
+    _nothing_more(rest)
+    from zero.cli.env import collect_env, env_json, env_text
+
+    found = collect_env()
+    sys.stdout.write((env_json(found) if arguments.json else env_text(found)) + "\n")
+    return 0
+
+
+def export(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``zero export CHECKPOINT DIR``."""
+    _nothing_more(rest)
+    import torch
+
+    from zero.checkpoint import export as export_checkpoint
+    from zero.checkpoint import find_latest
+
+    source = Path(arguments.checkpoint)
+    checkpoint = source if (source / "manifest.json").is_file() else find_latest(source)
+    if checkpoint is None:
+        raise UserError(f"{source}: no complete checkpoint there; give a step-* folder, or the folder that holds them")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+    export_checkpoint(checkpoint, Path(arguments.folder), dtypes[arguments.dtype])
+    sys.stdout.write(f"{checkpoint} written as a Hugging Face folder to {arguments.folder}\n")
+    return 0
+
+
+def run_script(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``zero run SCRIPT``: the user's own loop."""
+    _one_process(arguments)
+    script = Path(arguments.script)
+    if not script.is_file():
+        raise UserError(f"{script}: no such file")
+    from zero.launcher import launch
+
+    if arguments.config is not None:
+        launch(arguments.config)
+    sys.argv = [str(script), *rest]
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def generate(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``zero generate MODEL --prompt TEXT``; ``--device.memory 2GiB`` caps the device."""
+    overrides = parse_overrides(rest)
+    from zero.cli.generate import continue_text
+
+    config = load_config({"model": {"name_or_path": arguments.model}}, overrides)
+    sys.stdout.write(continue_text(config, arguments) + "\n")
+    return 0
+
+
+def _nothing_more(rest: list[str]) -> None:
+    if rest:
+        raise UserError(f"unknown argument {rest[0]}; see --help")

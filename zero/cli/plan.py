@@ -1,0 +1,76 @@
+"""``zero plan``: the answer in words."""
+
+from __future__ import annotations
+
+import torch
+
+from gemini.plan import ChunkFacts
+from gemini.units import format_bytes
+from zero.config.schema import Config
+from zero.models.build import build_tokenizer
+from zero.planning import PlannedRun, plan_run
+from zero.report.tables import values_text
+from zero.setup import make_device
+
+
+def plan_text(config: Config) -> tuple[str, bool]:
+    """The report, and whether it fits.
+
+    Raises:
+        UserError: model or tokenizer cannot be had.
+    """
+    device = make_device(config)
+    tokenizer = build_tokenizer(config) if config.model.config is not None else None
+    planned = plan_run(config, device, tokenizer)
+    if planned is None:
+        return (
+            "this model's forward depends on the values it computes, so it cannot be walked through without data; "
+            "the warm-up step of `zero train` measures it"
+        ), True
+    title = f"{config.train.per_device_train_batch_size} x {config.data.seq_length} tokens on {device.name}"
+    rows = [("parameters", f"{planned.num_parameters:,}"), *_byte_rows(config, planned, device.capacity_bytes)]
+    text = values_text(rows, title=title)
+    if planned.refusal is not None:
+        return f"{text}\n\n{planned.refusal}", False
+    return f"{text}\n\nit fits", True
+
+
+def _byte_rows(config: Config, planned: PlannedRun, capacity_bytes: int) -> list[tuple[str, str]]:
+    facts = planned.facts
+    rows = [
+        ("model data", f"{format_bytes(sum(f.value_bytes + f.companion_bytes for f in facts))} {_kinds(facts)}"),
+        ("activations and temporaries", format_bytes(planned.trace.non_model_peak_bytes) + " at the highest"),
+        ("device capacity", format_bytes(capacity_bytes)),
+        ("least device that works", format_bytes(planned.least_device_bytes) + " (policy auto)"),
+    ]
+    if planned.plan is not None:
+        plan = planned.plan
+        values_bytes = sum(f.value_bytes for f in facts)
+        rows += [
+            ("policy", config.memory.policy),
+            ("parameters that stay on the device", _share(plan.resident_parameter_bytes, values_bytes)),
+            (
+                "optimizer data on the device",
+                _share(plan.device_optimizer_bytes, sum(f.companion_bytes for f in facts)),
+            ),
+            ("device peak, predicted", format_bytes(plan.predicted_device_peak_bytes)),
+            ("to the device per micro-batch", format_bytes(plan.predicted_h2d_bytes)),
+        ]
+    pinned = config.memory.pin and torch.accelerator.is_available()
+    host = f"{format_bytes(planned.host_bytes)} of {format_bytes(planned.host_available_bytes)} available"
+    rows.append(("host", host + (", pinned" if pinned else "")))
+    rows.append(("disk", "0 B"))
+    return rows
+
+
+def _kinds(facts: list[ChunkFacts]) -> str:
+    values = sum(f.value_bytes for f in facts)
+    gradients = sum(f.numel * f.gradient_itemsize for f in facts)
+    rest = sum(f.companion_bytes for f in facts) - gradients
+    kinds = (("parameters", values), ("gradients", gradients), ("master and states", rest))
+    return "(" + ", ".join(f"{kind} {format_bytes(num_bytes)}" for kind, num_bytes in kinds) + ")"
+
+
+def _share(part_bytes: int, whole_bytes: int) -> str:
+    percent = 100 * part_bytes / whole_bytes if whole_bytes else 0
+    return f"{format_bytes(part_bytes)} ({percent:.0f}%)"

@@ -1,0 +1,151 @@
+"""The model and the tokenizer that ``[model]`` names."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zero.config.schema import Config
+from zero.data.tokenizer import builtin_tokenizer
+from zero.errors import UserError
+
+logger = logging.getLogger("zero")
+
+BUILTIN = "builtin"
+
+
+def build_tokenizer(config: Config) -> Any:
+    """The tokenizer of the run, with a padding token.
+
+    Raises:
+        UserError: it cannot be had; says what to check.
+    """
+    source = config.model.tokenizer_source
+    if source == BUILTIN:
+        vocab_size = (config.model.config or {}).get("vocab_size")
+        return builtin_tokenizer(int(vocab_size)) if vocab_size else builtin_tokenizer()
+    from transformers import AutoTokenizer
+
+    with _explained("model.tokenizer", source):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=_revision(config, source), trust_remote_code=config.model.trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"model.tokenizer: {source} has neither a padding nor an end token; set one and save it")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def model_config(config: Config, tokenizer: Any = None) -> Any:
+    """The transformers config of the run's model, inline or of a folder or Hub name.
+
+    An inline config takes the special token numbers of the run's tokenizer where it does not give its own.
+    """
+    from transformers import AutoConfig
+
+    if config.model.config is None:
+        name = _name(config)
+        with _explained("model.name_or_path", name):
+            return AutoConfig.from_pretrained(
+                name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+            )
+    fields = dict(config.model.config)
+    model_type = fields.pop("model_type")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if tokenizer is not None and getattr(tokenizer, key, None) is not None:
+            fields.setdefault(key, getattr(tokenizer, key))
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def build_model(config: Config, tokenizer: Any = None) -> nn.Module:
+    """The model, with adapters and activation checkpointing as the config has it.
+
+    A model with random weights is built under ``train.seed``; one from a folder or the Hub is streamed from its
+    safetensors files into the engine's chunks later.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    section = config.model
+    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    if section.attn_implementation:
+        options["attn_implementation"] = section.attn_implementation
+    if section.config is not None:
+        torch.manual_seed(config.train.seed)
+        with _explained("model.config", section.config["model_type"]):
+            model = AutoModelForCausalLM.from_config(model_config(config, tokenizer), dtype=torch.float32, **options)
+    else:
+        from zero.context import ZeroInitContext
+
+        name = _name(config)
+        with _explained("model.name_or_path", name), ZeroInitContext():
+            model = AutoModelForCausalLM.from_pretrained(name, revision=section.revision, **options)
+    return dress(model, config)
+
+
+def dress(model: Any, config: Config) -> nn.Module:
+    """Adds adapters and turns activation checkpointing on."""
+    kind = config.train.checkpointing
+    if kind != "off":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
+        model.config.use_cache = False
+    if config.model.lora is not None:
+        if kind != "off":
+            model.enable_input_require_grads()
+        model = _with_adapters(model, config)
+    dressed: nn.Module = model
+    return dressed
+
+
+def _with_adapters(model: Any, config: Config) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("model.lora needs the package peft: pip install peft") from error
+    lora = config.model.lora
+    if lora is None:
+        return model
+    targets = list(lora.target_modules) if isinstance(lora.target_modules, tuple) else lora.target_modules
+    options = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    try:
+        return get_peft_model(model, options)
+    except ValueError as error:
+        raise UserError(f"model.lora: {error}") from error
+
+
+def max_positions(config: Any) -> int | None:
+    """Most tokens a model of this transformers config reads at once; None where it has no limit."""
+    for key in ("max_position_embeddings", "n_positions", "seq_length"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _name(config: Config) -> str:
+    config.require_model()
+    return str(config.model.name_or_path)
+
+
+def _revision(config: Config, source: str) -> str | None:
+    return config.model.revision if source == config.model.name_or_path else None
+
+
+@contextlib.contextmanager
+def _explained(key: str, value: str) -> Any:
+    """Turns what transformers raises for a wrong name, no network or a damaged folder into a user's error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "is the folder complete?" if Path(value).exists() else "is the name right, and is the Hub reachable?"
+        raise UserError(f"{key} = {value!r}: {first} ({hint})") from error

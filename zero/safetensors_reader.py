@@ -1,0 +1,128 @@
+"""Tensors out of safetensors files without mapping them: bytes go from the file straight to where they will stay.
+
+Mapped pages count as resident memory, so a mapped file beside the chunks would be a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from zero.errors import UserError
+from zero.safetensors_header import StoredTensor, damaged, parse_header
+
+BLOCK_BYTES = 4 << 20
+"""Bytes of one read where values must be cast: small enough to stay in cache between read and cast."""
+_READ_BYTES = 1 << 30
+"""Most bytes of one system call (Linux stops at 2 GiB)."""
+
+
+class SafetensorsFile:
+    """One file, its header read and checked, held open until the object goes.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        UserError: it cannot be opened, or is not a sound safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            # Not blocking: opening a named pipe would otherwise wait for a writer for ever.
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be opened: {error.strerror}") from error
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            raise UserError(f"{self.path} is not a file; a safetensors file is needed")
+        self._tensors = parse_header(self.path, self._descriptor)
+
+    def close(self) -> None:
+        """Closes the file; nothing can be read afterwards."""
+        self._close()
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of a tensor.
+
+        Raises:
+            KeyError: there is no such tensor. So do the methods below.
+        """
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of a tensor as stored."""
+        return self._tensors[name].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """A new tensor with the stored values."""
+        stored = self._tensors[name]
+        target = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+        self.read_into(name, target)
+        return target
+
+    def read_into(self, name: str, target: torch.Tensor, through: torch.dtype | None = None) -> None:
+        """Writes the stored values into a tensor on the host, block by block where they must be cast.
+
+        Args:
+            name: of the tensor.
+            target: of the stored shape and any dtype. Where its elements do not lie in row-major order, one temporary
+                of the whole tensor is made.
+            through: cast to this dtype first and from there to the target's, as a model of that dtype would have it.
+
+        Raises:
+            UserError: the file ended early.
+            ValueError: the shapes differ.
+        """
+        stored = self._tensors[name]
+        if target.shape != stored.shape:
+            raise ValueError(f"{name} has shape {tuple(stored.shape)}, the target {tuple(target.shape)}")
+        if not target.is_contiguous():
+            whole = torch.empty(stored.shape, dtype=through or stored.dtype, device="cpu")
+            self.read_into(name, whole)
+            target.copy_(whole)
+            return
+        flat = target.detach().view(-1)
+        if {target.dtype, through or target.dtype} == {stored.dtype}:
+            self._fill(stored, flat, 0)
+            return
+        for start, block in self.blocks(name, through):
+            flat[start : start + block.numel()].copy_(block)
+
+    def blocks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """The values in 1-D blocks, each with the index of its first element; a block is overwritten by the next.
+
+        Args:
+            name: of the tensor.
+            dtype: cast to it; None for the stored one.
+        """
+        stored = self._tensors[name]
+        numel, block_numel = stored.shape.numel(), max(1, BLOCK_BYTES // stored.dtype.itemsize)
+        staging = torch.empty(min(numel, block_numel), dtype=stored.dtype, device="cpu")
+        for start in range(0, numel, block_numel):
+            block = staging[: min(block_numel, numel - start)]
+            self._fill(stored, block, start)
+            yield start, block if dtype is None else block.to(dtype)
+
+    def _fill(self, stored: StoredTensor, flat: torch.Tensor, start: int) -> None:
+        """Reads elements from ``start`` on into a 1-D tensor of the stored dtype."""
+        if not flat.numel():
+            return
+        memory = memoryview(flat.view(torch.uint8).numpy())
+        at_byte, filled_bytes = stored.start_byte + start * stored.dtype.itemsize, 0
+        while filled_bytes < len(memory):
+            piece = memory[filled_bytes : filled_bytes + _READ_BYTES]
+            num_bytes = os.preadv(self._descriptor, [piece], at_byte + filled_bytes)
+            if num_bytes == 0:
+                raise damaged(self.path, "it ended early: something changed it while it was read")
+            filled_bytes += num_bytes

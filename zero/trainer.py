@@ -1,0 +1,386 @@
+"""``zero train``: a run from a config, start to folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemini.manager import Phase
+from gemini.units import format_bytes
+from zero.config.describe import to_toml
+from zero.config.schema import Config
+from zero.data.loaders import DataBundle, build_dataloaders
+from zero.data.preview import describe_sample
+from zero.engine import Engine
+from zero.errors import UserError
+from zero.evaluate import evaluate, num_loss_tokens, perplexity
+from zero.initializer import initialize
+from zero.models.build import build_model, build_tokenizer, max_positions, model_config
+from zero.optimizers import build_optimizer, build_scheduler
+from zero.planning import PlannedRun, plan_run
+from zero.report.console import Reporter, make_reporter
+from zero.report.memory_map import draw_memory_map
+from zero.report.metrics import MetricsWriter
+from zero.report.record import StepRecord
+from zero.report.recorder import StepRecorder
+from zero.report.trackers import check_trackers
+from zero.setup import make_device
+
+logger = logging.getLogger("zero")
+
+_PICTURED_STEP = 3
+"""The step whose memory map is kept: the first two warm up and settle."""
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; says why and what to do."""
+
+
+@dataclass
+class RunResult:
+    """What a run achieved, as written to ``summary.json``."""
+
+    num_steps: int = 0
+    num_skipped_steps: int = 0
+    eval_perplexity_before: float | None = None
+    eval_perplexity_after: float | None = None
+    num_eval_tokens: int = 0
+    train_loss_first: float | None = None
+    train_loss_last: float | None = None
+    tokens_per_s: float = 0.0
+    device_capacity_bytes: int = 0
+    device_peak_bytes: int = 0
+    predicted_device_peak_bytes: int = 0
+    dry_run_device_peak_bytes: int | None = None
+    host_bytes: int = 0
+    pinned_bytes: int = 0
+    model_data_bytes: int = 0
+    wall_s: float = 0.0
+
+
+@dataclass
+class _Progress:
+    step: int = 0
+    consecutive_skips: int = 0
+    seen_tokens: int = 0
+    training_s: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+class Trainer:
+    """One run of a config.
+
+    Everything that can be refused is refused in the constructor, before a byte is written: the config, the data, the
+    trackers, and a model that cannot fit.
+
+    Raises:
+        UserError, DataError, DoesNotFitError: with what to do.
+    """
+
+    def __init__(self, config: Config) -> None:
+        config.require_model()
+        config.require_data()
+        check_trackers(config.train.report_to)
+        if config.parallel.world_size > 1:
+            raise UserError("parallel: this version trains in one process; remove [parallel] or set its sizes to 1")
+        self.config = config
+        self.output_dir = Path(config.run_folder)
+        self._device = make_device(config)
+        self.tokenizer = build_tokenizer(config)
+        transformers_config = model_config(config, self.tokenizer)
+        vocab_size = getattr(transformers_config.get_text_config(), "vocab_size", None)
+        self.data: DataBundle = build_dataloaders(
+            config, self.tokenizer, max_positions(transformers_config), vocab_size
+        )
+        self.planned: PlannedRun | None = plan_run(config, self._device, self.tokenizer)
+        if self.planned is not None:
+            self.planned.require()
+        self._result = RunResult()
+        self._progress = _Progress()
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> RunResult:
+        """Trains, evaluates before and after, writes the run folder."""
+        started_s = time.perf_counter()
+        config = self.config
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        (self.output_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        if config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+        model = build_model(config, self.tokenizer)
+        optimizer = build_optimizer(model, config)
+        num_steps = self._num_steps()
+        scheduler = build_scheduler(optimizer, config, num_steps)
+        engine, *_ = initialize(model, optimizer, lr_scheduler=scheduler, config=config, device=self._device)
+        torch.manual_seed(config.train.seed)
+        with (
+            make_reporter(logging_steps=config.train.logging_steps) as reporter,
+            MetricsWriter(
+                self.output_dir,
+                trackers=config.train.report_to,
+                run_name=self.output_dir.name,
+                config=config.model_dump(mode="json"),
+            ) as metrics,
+        ):
+            self._announce(reporter, engine, num_steps)
+            self._resume(engine, scheduler, reporter)
+            self._loop(engine, scheduler, num_steps, reporter, metrics)
+            self._finish(engine, reporter, started_s)
+        engine.close()
+        return self._result
+
+    def _num_steps(self) -> int:
+        train = self.config.train
+        if train.max_steps > 0:
+            return train.max_steps
+        per_epoch = math.ceil(len(self.data.train_loader) / train.gradient_accumulation_steps)
+        return max(1, math.ceil(per_epoch * train.num_train_epochs))
+
+    def _announce(self, reporter: Reporter, engine: Engine, num_steps: int) -> None:
+        config, manager = self.config, engine.manager
+        facts = engine.facts
+        self._result.model_data_bytes = sum(f.value_bytes + f.companion_bytes for f in facts)
+        rows = {
+            "model": f"{sum(f.numel for f in facts):,} parameters in {len(facts)} chunks, {config.precision.dtype}",
+            "device": f"{manager.device.name}, {format_bytes(manager.device.capacity_bytes)}",
+            "model data": f"{format_bytes(self._result.model_data_bytes)} (parameters, gradients, optimizer states)",
+            "policy": config.memory.policy,
+            "steps": f"{num_steps}, micro-batch {config.train.per_device_train_batch_size} x "
+            f"{config.train.gradient_accumulation_steps}",
+            "run folder": str(self.output_dir),
+        }
+        if self.planned is not None and self.planned.plan is not None:
+            predicted_bytes = self.planned.plan.predicted_device_peak_bytes
+            self._result.dry_run_device_peak_bytes = predicted_bytes
+            rows["predicted"] = f"device peak {format_bytes(predicted_bytes)}, before anything ran"
+        reporter.header(rows)
+        for line in self.data.summary:
+            reporter.message(line)
+        reporter.message("one training sample (what is masked is not learnt):")
+        reporter.message(describe_sample(self.data.train_dataset[0], self.tokenizer).plain)
+
+    def _resume(self, engine: Engine, scheduler: Any, reporter: Reporter) -> None:
+        wish = self.config.train.resume_from_checkpoint
+        if not wish:
+            return
+        from zero.checkpoint import find_latest, load_checkpoint
+
+        folder = self.output_dir / "checkpoints" if wish is True else Path(str(wish))
+        if wish is True and find_latest(folder) is None:
+            reporter.message("no checkpoint to resume from: starting anew")
+            return
+        loaded = load_checkpoint(engine, folder, lr_scheduler=scheduler)
+        self._progress.step = loaded.step
+        self.data.train_loader.load_state_dict(loaded.extra["data"])
+        self._result.eval_perplexity_before = loaded.extra.get("eval_perplexity_before")
+        reporter.message(f"resumed from {loaded.path} at step {loaded.step}")
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def _loop(self, engine: Engine, scheduler: Any, num_steps: int, reporter: Reporter, metrics: MetricsWriter) -> None:
+        train = self.config.train
+        recorder = StepRecorder(engine.manager)
+        if self._result.eval_perplexity_before is None:
+            self._result.eval_perplexity_before = self._evaluate(engine, reporter, metrics, "before")
+        engine.train()
+        for window in self._windows():
+            if self._progress.step >= num_steps:
+                break
+            pictured = self._progress.step + 1 == min(_PICTURED_STEP, num_steps)
+            if pictured:
+                recorder.start()
+            record = self._step(engine, scheduler, window, num_steps)
+            if pictured:
+                recorder.step_ended()
+                recorder.stop()
+                self._draw(recorder, engine)
+            reporter.step(record)
+            metrics.log_step(record)
+            if self._progress.step % train.save_steps == 0 and self._progress.step < num_steps:
+                self._save(engine, scheduler)
+            if train.eval_steps and self._progress.step % train.eval_steps == 0 and self._progress.step < num_steps:
+                self._evaluate(engine, reporter, metrics, f"step {self._progress.step}")
+        self._save(engine, scheduler)
+        self._result.eval_perplexity_after = self._evaluate(engine, reporter, metrics, "after")
+
+    def _windows(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """Micro-batches of one optimizer step each, epoch after epoch; an epoch's last window may be shorter."""
+        while True:
+            window: list[dict[str, torch.Tensor]] = []
+            delivered = False
+            for batch in self.data.train_loader:
+                delivered = True
+                window.append(batch)
+                if len(window) == self.config.train.gradient_accumulation_steps:
+                    yield window
+                    window = []
+            if window:
+                yield window
+            if not delivered:
+                raise UserError("data: the training data gave no batch")
+
+    def _step(
+        self, engine: Engine, scheduler: Any, window: list[dict[str, torch.Tensor]], num_steps: int
+    ) -> StepRecord:
+        """One optimizer step: each micro-batch weighs as many tokens as its loss counts."""
+        started_s = time.perf_counter()
+        counts = [num_loss_tokens(batch["labels"]) for batch in window]
+        lr = float(engine.optimizer.param_groups[0]["lr"]) if engine.optimizer is not None else 0.0
+        loss_scale = engine.loss_scale
+        loss_sum = 0.0
+        engine.zero_grad()
+        for position, (batch, count) in enumerate(zip(window, counts, strict=True)):
+            if position == len(window) - 1:
+                engine.end_of_loader()  # the window is complete, however many micro-batches it has
+            if count:
+                loss = engine(**batch).loss
+                loss_sum += float(loss.detach()) * count
+                engine.backward(loss * (count / sum(counts)), scale_by_accumulation=False)
+            engine.step()
+        if not engine.skipped_last_step:
+            scheduler.step()
+        step_s = time.perf_counter() - started_s
+        loss_value = loss_sum / max(1, sum(counts))
+        self._note(engine, loss_value, sum(int(batch["input_ids"].numel()) for batch in window), step_s)
+        return self._record(engine, loss_value, lr, loss_scale, step_s, window, num_steps)
+
+    def _note(self, engine: Engine, loss: float, num_tokens: int, step_s: float) -> None:
+        progress = self._progress
+        progress.step += 1
+        progress.seen_tokens += num_tokens
+        progress.training_s += step_s
+        progress.losses.append(loss)
+        progress.consecutive_skips = progress.consecutive_skips + 1 if engine.skipped_last_step else 0
+        if progress.consecutive_skips >= self.config.train.max_skipped_steps and engine.scaler.at_floor:
+            raise TrainingStopped(
+                f"{progress.consecutive_skips} steps in a row had a loss or gradient that is not finite (step "
+                f"{progress.step}, loss {loss}); no update was made in them. Lower optimizer.lr, set "
+                "train.max_grad_norm, or use precision.dtype = bf16"
+            )
+
+    def _record(
+        self,
+        engine: Engine,
+        loss: float,
+        lr: float,
+        loss_scale: float,
+        step_s: float,
+        window: list[dict[str, torch.Tensor]],
+        num_steps: int,
+    ) -> StepRecord:
+        report = engine.memory_report()
+        num_tokens = sum(int(batch["input_ids"].numel()) for batch in window)
+        per_epoch = math.ceil(len(self.data.train_loader) / self.config.train.gradient_accumulation_steps)
+        return StepRecord(
+            step=self._progress.step,
+            num_steps=num_steps,
+            epoch=self._progress.step / max(1, per_epoch),
+            loss=loss,
+            lr=lr,
+            grad_norm=engine.grad_norm,
+            loss_scale=loss_scale if self.config.precision.dtype == "fp16" else None,
+            tokens=num_tokens,
+            tokens_per_s=num_tokens / step_s,
+            step_s=step_s,
+            device_bytes=engine.last_step_peak_bytes,
+            device_peak_bytes=report.device_peak_bytes,
+            device_capacity_bytes=report.device_capacity_bytes,
+            host_bytes=report.host_bytes,
+            pinned_bytes=report.pinned_bytes,
+            num_fetches=report.num_fetches,
+            num_evictions=report.num_evictions,
+            h2d_bytes=report.h2d_bytes,
+            d2h_bytes=report.d2h_bytes,
+            skipped=engine.skipped_last_step,
+        )
+
+    # -- beside the loop ---------------------------------------------------------------------------------------------
+
+    def _evaluate(self, engine: Engine, reporter: Reporter, metrics: MetricsWriter, when: str) -> float | None:
+        if self.data.eval_loader is None:
+            return None
+        loss, num_tokens = evaluate(engine, self.data.eval_loader)
+        value = perplexity(loss)
+        self._result.num_eval_tokens = num_tokens
+        reporter.message(f"held-out perplexity {when}: {value:.3f} (loss {loss:.4f}, {num_tokens:,} tokens)")
+        metrics.log({"eval_loss": loss, "eval_perplexity": value}, step=self._progress.step)
+        return value
+
+    def _draw(self, recorder: StepRecorder, engine: Engine) -> None:
+        draw_memory_map(
+            recorder.samples,
+            self.output_dir / "memory_map.png",
+            capacity_bytes=engine.device.capacity_bytes,
+            predicted_peak_bytes=engine.plan.predicted_device_peak_bytes or None,
+            title=f"Step {self._progress.step}: policy {engine.plan.policy}",
+        )
+
+    def _save(self, engine: Engine, scheduler: Any) -> None:
+        if engine.manager.phase is not Phase.IDLE:
+            raise RuntimeError("a checkpoint can only be taken between passes")
+        extra = {
+            "data": self.data.train_loader.state_dict(),
+            "eval_perplexity_before": self._result.eval_perplexity_before,
+            "step": self._progress.step,
+        }
+        from zero.checkpoint import save_checkpoint
+
+        save_checkpoint(
+            engine,
+            self.output_dir / "checkpoints",
+            extra=extra,
+            lr_scheduler=scheduler,
+            save_total_limit=self.config.train.save_total_limit,
+        )
+
+    def _finish(self, engine: Engine, reporter: Reporter, started_s: float) -> None:
+        folder = self.output_dir / "model"
+        engine.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        report, result, progress = engine.memory_report(), self._result, self._progress
+        result.num_steps = progress.step
+        result.num_skipped_steps = engine.num_skipped_steps
+        result.train_loss_first = progress.losses[0] if progress.losses else None
+        result.train_loss_last = progress.losses[-1] if progress.losses else None
+        result.tokens_per_s = progress.seen_tokens / progress.training_s if progress.training_s else 0.0
+        result.device_capacity_bytes = report.device_capacity_bytes
+        result.device_peak_bytes = report.device_peak_bytes
+        result.predicted_device_peak_bytes = report.predicted_device_peak_bytes
+        result.host_bytes = report.host_bytes
+        result.pinned_bytes = report.pinned_bytes
+        result.wall_s = time.perf_counter() - started_s
+        (self.output_dir / "summary.json").write_text(json.dumps(vars(result), indent=2) + "\n", encoding="utf-8")
+        reporter.summary(self._summary_rows(folder))
+
+    def _summary_rows(self, folder: Path) -> list[tuple[str, str]]:
+        result = self._result
+        rows = []
+        if result.eval_perplexity_before is not None and result.eval_perplexity_after is not None:
+            rows.append(
+                (
+                    "held-out perplexity",
+                    f"{result.eval_perplexity_before:.2f} before, {result.eval_perplexity_after:.2f} after "
+                    f"({result.num_eval_tokens:,} tokens)",
+                )
+            )
+        rows += [
+            ("model data", f"{format_bytes(result.model_data_bytes)}"),
+            ("device capacity", format_bytes(result.device_capacity_bytes)),
+            ("device peak, predicted", format_bytes(result.predicted_device_peak_bytes)),
+            ("device peak, measured", format_bytes(result.device_peak_bytes)),
+            ("host, pinned", f"{format_bytes(result.host_bytes)}, {format_bytes(result.pinned_bytes)}"),
+            ("steps", f"{result.num_steps}, of them skipped {result.num_skipped_steps}"),
+            ("speed", f"{result.tokens_per_s:,.0f} tokens/s, {result.wall_s:.0f} s in all"),
+            ("model folder", str(folder)),
+            ("memory map", str(self.output_dir / "memory_map.png")),
+        ]
+        return rows
