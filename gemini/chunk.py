@@ -8,16 +8,30 @@ at once. A chunk whose values are wholly resident uses that resident buffer as i
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 
 from gemini.device import Event
+from gemini.gradients import flat_gradient, reserve, send
 from gemini.layout import ChunkLayout, Entry
-from gemini.segment import GRADIENT, MASTER, Placement, Segment, rebuild
+from gemini.segment import MASTER, Placement, Segment, device_bytes_at, overlaps, placement_of, rebuild
 from gemini.state import HOLDING, Move, TensorState, next_state
 from gemini.store import Kind, Store, Tier
 from gemini.transfer import Transfer
+
+Read = Callable[[torch.Tensor, list[torch.Tensor]], None]
+"""Writes a parameter's present values into tensors of its shape (and of dtypes of their own)."""
+
+
+def read_tensor(parameter: torch.Tensor, targets: list[torch.Tensor]) -> None:
+    """The usual :data:`Read`: the values are in memory."""
+    source = parameter.detach()
+    for target in targets:
+        target.copy_(source)
+
+
+_READABLE = HOLDING | {TensorState.COMPUTE}
 
 
 class ChunkTensor:
@@ -28,6 +42,7 @@ class ChunkTensor:
         state: see :class:`TensorState`.
         num_holders: how many running modules or backward scopes read it now; positive only in COMPUTE.
         has_gradient: a gradient has been sent to its owner since the last ``zero_grad``.
+        is_shown: between passes: the user reads it, where it lies or as a copy (:mod:`gemini.idle`).
     """
 
     def __init__(self, chunk: Chunk, position: int, parameter: torch.Tensor) -> None:
@@ -38,6 +53,7 @@ class ChunkTensor:
         self.state = TensorState.FREE
         self.num_holders = 0
         self.has_gradient = False
+        self.is_shown = False
 
     @property
     def name(self) -> str:
@@ -57,43 +73,53 @@ class Chunk:
         store: gives and counts memory.
         transfer: carries copies between tiers.
         keep_master: keep an fp32 master beside (or as) the values: the chunk will be trained.
+        read: gets the parameters' present values.
     """
 
     def __init__(
-        self, layout: ChunkLayout, parameters: list[torch.Tensor], store: Store, transfer: Transfer, keep_master: bool
+        self,
+        layout: ChunkLayout,
+        parameters: list[torch.Tensor],
+        store: Store,
+        transfer: Transfer,
+        keep_master: bool,
+        read: Read = read_tensor,
     ) -> None:
         self.layout = layout
         self.index = layout.index
         self._store = store
         self._transfer = transfer
         self.tensors = [ChunkTensor(self, index, parameter) for index, parameter in enumerate(parameters)]
-        self.segments = [self._take_over(keep_master)]
+        self.segments = [self._take_over(keep_master, read)]
         self._offsets = [entry.offset for entry in layout.entries]
         self._buffer: torch.Tensor | None = None
         self._views: list[torch.Tensor] = []
         # Recorded by the fetch stream after the last fetch; computation waits on it at the first acquire.
         self._fetched: Event | None = None
         self.step = 0
-        placeholder = torch.full((1,), float("nan"), dtype=layout.dtype, device=store.device.torch_device)
+        placeholder = torch.full((1,), _poison(layout.dtype), dtype=layout.dtype, device=store.device.torch_device)
         self._placeholders = [placeholder.expand(e.spec.shape) for e in layout.entries]
         self._bind_placeholders()
 
     # -- making ------------------------------------------------------------------------------------------------------
 
-    def _take_over(self, keep_master: bool) -> Segment:
+    def _take_over(self, keep_master: bool, read: Read) -> Segment:
         """Copies values to the host, tensor by tensor, dropping each original as soon as its copy is made."""
         numel, dtype = self.layout.numel, self.layout.dtype
         values = self._store.allocate(Tier.HOST, Kind.PARAMETERS, numel, dtype)
         segment = Segment(0, numel, Tier.HOST, Tier.HOST, values)
-        if keep_master:
-            if dtype == torch.float32:
+        try:
+            if keep_master and dtype == torch.float32:
                 segment.companions[MASTER] = values
-            else:
-                segment.companion(self._store, MASTER, torch.float32)
+            elif keep_master:
+                # Not segment.companion(): its zeros would be written just before the values are.
+                segment.companions[MASTER] = self._store.allocate(Tier.HOST, Kind.MASTER, numel, torch.float32)
+        except MemoryError:
+            segment.free(self._store)
+            raise
+        buffers = list({id(t): t for t in (values, segment.companions.get(MASTER, values))}.values())
         for tensor in self.tensors:
-            source = tensor.parameter.detach()
-            for target in {id(t): t for t in (values, segment.companions.get(MASTER, values))}.values():
-                _view(target, tensor.entry).copy_(source)
+            read(tensor.parameter, [_view(buffer, tensor.entry) for buffer in buffers])
             tensor.parameter.data = torch.empty(0, dtype=dtype, device=self._store.device.torch_device)
         return segment
 
@@ -124,8 +150,11 @@ class Chunk:
 
     # -- moves -------------------------------------------------------------------------------------------------------
 
+    def _after(self, tensor: ChunkTensor, move: Move) -> TensorState:
+        return next_state(move, tensor.state, chunk=self.index, tensor=tensor.name, step=self.step)
+
     def _move(self, tensor: ChunkTensor, move: Move) -> None:
-        tensor.state = next_state(move, tensor.state, chunk=self.index, tensor=tensor.name, step=self.step)
+        tensor.state = self._after(tensor, move)
 
     def fetch(self) -> None:
         """FREE -> HOLD for all tensors: memory under the buffer, values on their way.
@@ -134,7 +163,7 @@ class Chunk:
             IllegalMoveError: the chunk is on the device already.
             torch.OutOfMemoryError: the device has no room.
         """
-        after = [next_state(Move.FETCH, t.state, chunk=self.index, tensor=t.name, step=self.step) for t in self.tensors]
+        after = [self._after(tensor, Move.FETCH) for tensor in self.tensors]
         if self._buffer is None:
             self._buffer = self._store.allocate(Tier.DEVICE, Kind.GATHERED, self.numel, self.layout.dtype)
             self._views = [_view(self._buffer, entry) for entry in self.layout.entries]
@@ -158,34 +187,56 @@ class Chunk:
         tensor.num_holders += 1
 
     def let_go(self, tensor: ChunkTensor, move: Move) -> None:
-        """One holder less; the last one moves the tensor by LET_GO, END_FORWARD or END_BACKWARD."""
+        """One holder less; the last one moves the tensor by LET_GO, END_FORWARD or END_BACKWARD.
+
+        Raises:
+            IllegalMoveError: nobody holds it. A gradient in the slot has dismissed all holders: their leaving is legal.
+        """
         if tensor.state is TensorState.READY_FOR_REDUCE:
-            return  # its gradient came while the backward scope still held it
+            return
+        after = self._after(tensor, move)
         if tensor.num_holders == 1:
-            self._move(tensor, move)
+            tensor.state = after
         tensor.num_holders -= 1
 
     def take_slot(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
-        """The gradient is complete: it takes the values' slot in the gathered buffer; holders are dismissed."""
+        """The gradient is complete: it takes the values' slot in the gathered buffer; holders are dismissed.
+
+        Raises:
+            IllegalMoveError: the tensor is free, or its slot is taken.
+            RuntimeError: the values are resident: there is no copy of them to overwrite.
+        """
+        after = self._after(tensor, Move.TAKE_SLOT)
+        if self.resident:
+            raise RuntimeError(
+                f"chunk {self.index}, tensor {tensor.name}: a gradient may not overwrite resident values"
+            )
         self._settle_fetch()
-        self._move(tensor, Move.TAKE_SLOT)
+        tensor.state = after
         tensor.num_holders = 0
         with torch.no_grad():
             self._views[tensor.position].copy_(gradient)
 
     def restore(self, tensor: ChunkTensor) -> None:
         """READY_FOR_REDUCE -> HOLD: the gradient goes to its owner, the values come back into the slot."""
-        self._move(tensor, Move.RESTORE)
+        after = self._after(tensor, Move.RESTORE)
         self._send([tensor])
-        for segment, start, stop in self._overlaps(tensor.entry.offset, tensor.entry.stop):
+        for segment, start, stop in self.pieces(tensor.entry.offset, tensor.entry.stop):
             source = segment.values[start - segment.start : stop - segment.start]
             self._transfer.to_gathered(self.buffer[start:stop], source, segment.value_tier)
         self._fetched = self._transfer.fetched_event()
+        tensor.state = after
 
     def reduce(self) -> None:
-        """Sends every gradient that waits in a slot to its owner and gives the device memory back."""
+        """Sends every gradient that waits in a slot to its owner and gives the device memory back.
+
+        Raises:
+            IllegalMoveError: a tensor is in use, or nothing is on the device.
+            HostMemoryError: the host has no room for the gradients, which stay where they are.
+        """
+        after = self._all_freed()
         self._send([t for t in self.tensors if t.state is TensorState.READY_FOR_REDUCE])
-        self._to_free()
+        self._to_free(after)
 
     def release(self) -> None:
         """Gives the device memory back; nothing in it needs saving.
@@ -193,16 +244,16 @@ class Chunk:
         Raises:
             IllegalMoveError: a tensor is in use, or its slot holds a gradient.
         """
-        if any(tensor.state is TensorState.READY_FOR_REDUCE for tensor in self.tensors):
-            self._move(next(t for t in self.tensors if t.state is TensorState.READY_FOR_REDUCE), Move.RELEASE)
-        self._to_free()
+        self._to_free([self._after(tensor, Move.RELEASE) for tensor in self.tensors])
 
-    def _to_free(self) -> None:
+    def _all_freed(self) -> list[TensorState]:
+        """The states after everything has left the device, each tensor by the move that its state asks for."""
         moves = [Move.REDUCE if t.state is TensorState.READY_FOR_REDUCE else Move.RELEASE for t in self.tensors]
-        after = [
-            next_state(move, t.state, chunk=self.index, tensor=t.name, step=self.step)
-            for move, t in zip(moves, self.tensors, strict=True)
-        ]
+        return [self._after(tensor, move) for tensor, move in zip(self.tensors, moves, strict=True)]
+
+    def _to_free(self, after: list[TensorState]) -> None:
+        if self.resident:
+            raise RuntimeError(f"chunk {self.index}: resident values are moved by a placement, not released")
         self._bind_placeholders()
         self._store.free(Tier.DEVICE, Kind.GATHERED, self.buffer)
         self._fetched = None
@@ -235,75 +286,72 @@ class Chunk:
 
     def deliver(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
         """Sends a gradient straight to its owner, without a slot (the chunk is free, or resident)."""
-        spec = tensor.entry.spec
+        entry, first = tensor.entry, not tensor.has_gradient
+        reserve(self.segments, self._store, entry.offset, entry.stop, gradient.dtype, first)
         with torch.no_grad():
-            if gradient.stride() == spec.stride:  # the usual case: its memory, in order, is what the owner wants
-                flat = gradient.as_strided((spec.numel,), (1,))
-            else:
-                flat = torch.empty(spec.numel, dtype=gradient.dtype, device=gradient.device)
-                flat.as_strided(spec.shape, spec.stride).copy_(gradient)
-        self._deliver_range(tensor.entry.offset, tensor.entry.stop, flat, first=not tensor.has_gradient)
+            flat = flat_gradient(gradient, entry.spec)
+        send(self.segments, self._store, self._transfer, entry.offset, flat, first)
         tensor.has_gradient = True
 
-    def _send(self, tensors: list[ChunkTensor]) -> None:
-        """Sends gradients out of their slots, neighbours in one copy."""
-        run: list[ChunkTensor] = []
-        for tensor in [*tensors, None]:
-            joins = (
-                tensor is not None
-                and bool(run)
-                and run[-1].entry.stop == tensor.entry.offset
-                and run[-1].has_gradient == tensor.has_gradient
+    def _send(self, tensors: Sequence[ChunkTensor]) -> None:
+        """Sends gradients out of their slots, neighbours in one copy. All or, where memory lacks, none."""
+        runs: list[list[ChunkTensor]] = []
+        for tensor in tensors:
+            entry, before = tensor.entry, runs[-1][-1] if runs else None
+            reserve(
+                self.segments, self._store, entry.offset, entry.stop, self.layout.dtype, first=not tensor.has_gradient
             )
-            if run and not joins:
-                start, stop = run[0].entry.offset, run[-1].entry.stop
-                self._deliver_range(start, stop, self.buffer[start:stop], first=not run[0].has_gradient)
-                for sent in run:
-                    sent.has_gradient = True
-                run = []
-            if tensor is not None:
-                run.append(tensor)
-
-    def _deliver_range(self, start: int, stop: int, source: torch.Tensor, first: bool) -> None:
-        for segment, left, right in self._overlaps(start, stop):
-            piece = source[left - start : right - start]
-            target = self._gradient_buffer(segment, piece.dtype if first else torch.float32)
-            self._transfer.gradient_out(
-                target[left - segment.start : right - segment.start], piece, segment.companion_tier, add=not first
-            )
-
-    def _gradient_buffer(self, segment: Segment, dtype: torch.dtype) -> torch.Tensor:
-        """The segment's gradient; a first gradient of a step fits any dtype, a sum needs fp32."""
-        present = segment.companions.get(GRADIENT)
-        if present is None:
-            return segment.companion(self._store, GRADIENT, dtype)
-        if present.dtype == dtype or present.dtype == torch.float32:
-            return present
-        widened = present.to(torch.float32)
-        segment.drop(self._store, GRADIENT)
-        return segment.companion(self._store, GRADIENT, torch.float32).copy_(widened)
-
-    def _overlaps(self, start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
-        for segment in self.segments:
-            left, right = max(start, segment.start), min(stop, segment.stop)
-            if left < right:
-                yield segment, left, right
+            if before and before.entry.stop == entry.offset and before.has_gradient == tensor.has_gradient:
+                runs[-1].append(tensor)
+            else:
+                runs.append([tensor])
+        for run in runs:
+            start, stop = run[0].entry.offset, run[-1].entry.stop
+            piece = self.buffer[start:stop]
+            send(self.segments, self._store, self._transfer, start, piece, first=not run[0].has_gradient)
+            for tensor in run:
+                tensor.has_gradient = True
 
     # -- placement and whole values ----------------------------------------------------------------------------------
 
+    @property
+    def placement(self) -> Placement:
+        """Where its elements live now."""
+        return placement_of(self.segments)
+
+    def growth_bytes(self, placement: Placement) -> int:
+        """Device bytes that a placement would add; negative where it frees some."""
+        return device_bytes_at(self.segments, placement) - device_bytes_at(self.segments, self.placement)
+
     def place(self, placement: Placement) -> None:
-        """Moves values and companions to the tiers a plan names. The chunk must not be in use."""
+        """Moves values and companions to the tiers a plan names. The chunk must not be in use.
+
+        Raises:
+            IllegalMoveError: a tensor is in use.
+            torch.OutOfMemoryError: the device has no room; everything stays where it was.
+            HostMemoryError: the host has no room; likewise.
+        """
+        if placement == self.placement:
+            return
+        self._leave_device()
+        try:
+            self.segments = rebuild(self.segments, placement, self.numel, self._store)
+        finally:
+            if self.resident:
+                self._enter_residence()
+
+    def _leave_device(self) -> None:
+        """No copy on the device, gradients sent, no transfer under way: segments may change."""
         if self.resident:
             self._leave_residence()
         elif self.on_device:
             self.reduce()
-        self.segments = rebuild(self.segments, placement, self.numel, self._store)
-        if self.resident:
-            self._enter_residence()
+        # Host memory that a queued copy still reads must not go.
+        self._store.device.synchronize()
 
     def _leave_residence(self) -> None:
-        for tensor in self.tensors:
-            self._move(tensor, Move.RELEASE)
+        for tensor, state in zip(self.tensors, self._all_freed(), strict=True):
+            tensor.state = state
         self._bind_placeholders()
         self._buffer, self._views = None, []
 
@@ -316,7 +364,7 @@ class Chunk:
 
     def pieces(self, start: int, stop: int) -> list[tuple[Segment, int, int]]:
         """Segments that hold elements ``[start, stop)``, each with the overlap in chunk elements."""
-        return list(self._overlaps(start, stop))
+        return list(overlaps(self.segments, start, stop))
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -358,7 +406,7 @@ class Chunk:
         entry = tensor.entry
         parts = [
             (s.values if key is None else s.companions[key])[left - s.start : right - s.start].cpu()
-            for s, left, right in self._overlaps(entry.offset, entry.stop)
+            for s, left, right in self.pieces(entry.offset, entry.stop)
         ]
         flat = parts[0].clone() if len(parts) == 1 else torch.cat(parts)
         return flat.as_strided(entry.spec.shape, entry.spec.stride)
@@ -367,7 +415,7 @@ class Chunk:
         """Writes one parameter's share of a companion, allocating the companion if need be."""
         flat = torch.empty(tensor.entry.spec.numel, dtype=data.dtype)
         flat.as_strided(tensor.entry.spec.shape, tensor.entry.spec.stride).copy_(data)
-        for segment, left, right in self._overlaps(tensor.entry.offset, tensor.entry.stop):
+        for segment, left, right in self.pieces(tensor.entry.offset, tensor.entry.stop):
             target = segment.companion(self._store, key, data.dtype)
             source = flat[left - tensor.entry.offset : right - tensor.entry.offset]
             target[left - segment.start : right - segment.start].copy_(source)
@@ -379,7 +427,7 @@ class Chunk:
         entry = tensor.entry
         flat = torch.empty(entry.spec.numel, dtype=torch.promote_types(data.dtype, self.layout.dtype))
         flat.as_strided(entry.spec.shape, entry.spec.stride).copy_(data)
-        for segment, left, right in self._overlaps(entry.offset, entry.stop):
+        for segment, left, right in self.pieces(entry.offset, entry.stop):
             source = flat[left - entry.offset : right - entry.offset]
             inside = slice(left - segment.start, right - segment.start)
             if MASTER in segment.companions:
@@ -389,11 +437,8 @@ class Chunk:
 
     def dissolve(self) -> None:
         """Gives everything back; the parameters become ordinary tensors with their values on the host."""
+        self._leave_device()
         values = [self.values_of(tensor) for tensor in self.tensors]
-        if self.resident:
-            self._leave_residence()
-        elif self.on_device:
-            self.reduce()
         for segment in self.segments:
             segment.free(self._store)
         self.segments = []
@@ -412,6 +457,11 @@ class Chunk:
         for tensor, placeholder in zip(self.tensors, self._placeholders, strict=True):
             tensor.parameter.data = placeholder
 
+    def bind(self, tensor: ChunkTensor) -> None:
+        """Points the parameter at where its values are: the chunk's memory on the device, or the placeholder."""
+        bound = self._views if self.on_device else self._placeholders
+        tensor.parameter.data = bound[tensor.position]
+
     def check_integrity(self) -> None:
         """Raises RuntimeError if states, memory and segments contradict one another."""
         at = 0
@@ -428,10 +478,18 @@ class Chunk:
                 raise RuntimeError(f"chunk {self.index}: {tensor!r}: holders and state disagree")
             if self.resident and tensor.state is TensorState.READY_FOR_REDUCE:
                 raise RuntimeError(f"chunk {self.index}: {tensor!r}: a gradient overwrote resident values")
-            if tensor.state in HOLDING and tensor.parameter.data_ptr() != self.view_of(tensor).data_ptr():
+            bound = tensor.parameter.data_ptr() == self.view_of(tensor).data_ptr() if self._views else False
+            if tensor.state in _READABLE and not bound and not tensor.is_shown:
                 raise RuntimeError(f"chunk {self.index}: {tensor.name} does not point into its chunk")
 
 
 def _view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
     """The entry's view of a 1-D buffer, with the strides the user's parameter had."""
     return flat.as_strided(entry.spec.shape, entry.spec.stride, flat.storage_offset() + entry.offset)
+
+
+def _poison(dtype: torch.dtype) -> float | int | bool:
+    """What a placeholder is filled with, so that a computation with it cannot go unnoticed."""
+    if dtype.is_floating_point:
+        return float("nan")
+    return True if dtype is torch.bool else torch.iinfo(dtype).max

@@ -361,8 +361,8 @@ class AcceleratorDevice(Device):
         """Pins with cudaHostRegister: exact bytes, where torch's pinned allocator rounds up to a power of two."""
         if self.torch_device.type != "cuda":
             return False
-        return int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)) == 0  # type: ignore[no-untyped-call]
+        return int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)) == 0
 
     def unregister_host_memory(self, address: int) -> None:
         """Undoes :meth:`register_host_memory`."""
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        torch.cuda.cudart().cudaHostUnregister(address)

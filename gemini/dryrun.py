@@ -21,10 +21,6 @@ from gemini.device import Device, DeviceMemory, InlineStream, Stream
 from gemini.tracker import StorageTracker
 
 
-def _admit_all(num_bytes: int) -> None:
-    del num_bytes
-
-
 class DryTracker(StorageTracker):
     """Counts fake storages; knows the shape of an operator whose fake version is stricter than the real one."""
 
@@ -46,23 +42,34 @@ class DryDevice(Device):
         self.name = "dry run"
         self.torch_device = torch.device("cpu")
         self.capacity_bytes = 1 << 62
-        self._tracker = DryTracker(_admit_all)
+        self._tracker = DryTracker(self._note_peak)
         self._depth = 0
         self._peak_bytes = 0
 
+    def _note_peak(self, num_bytes: int) -> None:
+        """``num_bytes`` more are about to be counted, whatever they are for."""
+        self._peak_bytes = max(self._peak_bytes, self.model_data_bytes + self._tracker.live_bytes + num_bytes)
+
+    def take_again(self, buffer: torch.Tensor, numel: int) -> None:
+        """Gives a fake buffer its bytes back."""
+        self._note_peak(numel * buffer.dtype.itemsize)
+        super().take_again(buffer, numel)
+
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A fake buffer."""
+        self._note_peak(numel * dtype.itemsize)
         buffer = super().allocate(numel, dtype)
         self._tracker.exempt(buffer)
         return buffer
 
     def memory(self) -> DeviceMemory:
         """Figures of fake storages."""
-        live, peak = self._tracker.live_bytes, self._tracker.peak_bytes
-        return DeviceMemory(self.model_data_bytes, live, self.model_data_peak_bytes + peak, peak)
+        live_bytes, peak_bytes = self._tracker.live_bytes, self._tracker.peak_bytes
+        return DeviceMemory(self.model_data_bytes, live_bytes, self._peak_bytes, peak_bytes)
 
     def _start_window(self) -> None:
         self._tracker.reset_peak()
+        self._peak_bytes = self.model_data_bytes + self._tracker.live_bytes
 
     def stream(self, name: str) -> Stream:
         """Copies of nothing need no queue."""

@@ -11,7 +11,7 @@ import torch
 
 from gemini.layout import ParameterSpec
 from gemini.segment import GRADIENT, Segment, overlaps
-from gemini.store import Kind, Store
+from gemini.store import Kind, Store, Tier
 from gemini.transfer import Transfer
 
 
@@ -60,6 +60,13 @@ def send(
         target = _owned(segment, store, source.dtype if first else torch.float32)
         inside = target[left - segment.start : right - segment.start]
         transfer.gradient_out(inside, source[left - start : right - start], segment.companion_tier, add=not first)
+
+
+def drop(segments: Sequence[Segment], store: Store) -> None:
+    """Gives the host memory of gradients back that nobody will read again."""
+    for segment in segments:
+        if GRADIENT in segment.companions and segment.companion_tier is Tier.HOST:
+            segment.drop(store, GRADIENT)
 
 
 def _owned(segment: Segment, store: Store, dtype: torch.dtype) -> torch.Tensor:

@@ -14,21 +14,25 @@ Two kinds of holders keep a tensor in COMPUTE:
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 
+from gemini import gradients
 from gemini.chunk import Chunk, ChunkTensor
 from gemini.device import Device
+from gemini.idle import IdleReads
 from gemini.plan import Plan
+from gemini.recorder import MomentListener, Recorder
 from gemini.state import Move, TensorState
 from gemini.store import Kind, Store, Tier
 from gemini.timeline import choose_victim
 from gemini.trace import Moment, NextUse, Trace
 from gemini.transfer import Transfer
+
+__all__ = ["Counters", "Manager", "MomentListener", "Phase", "Scope", "UnitBackward"]
 
 _USER = "<user code>"
 
@@ -82,64 +86,75 @@ class Manager:
         self.phase = Phase.IDLE
         self.training_pass = False
         self.plan: Plan | None = None
-        self.trace: Trace | None = None
         self.counters = Counters()
-        self.listener: MomentListener | None = None
+        self.recorder = Recorder(store)
+        self._idle = IdleReads(self.device, self._make_room, self.write)
         self._next_use: NextUse | None = None
         self._scopes: list[Scope] = []
         self._units: dict[str, UnitBackward] = {}
         self._current_unit: str | None = None
-        self._recording = Trace()
         self._eager = True
-        self._position = 0
-        self._moment_started_s = 0.0
         self._gathered: dict[int, Chunk] = {}
-        self._shown_idle: dict[ChunkTensor, None] = {}
         self._whole_shown = False
         # PyTorch keeps one Python object per storage while the storage lives, so its id names a gathered buffer.
         self._chunk_by_storage: dict[int, Chunk] = {}
 
+    @property
+    def trace(self) -> Trace | None:
+        """Of the passes so far; None until one was recorded whole."""
+        return self.recorder.trace
+
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self.recorder.trace = trace
+
+    @property
+    def listener(self) -> MomentListener | None:
+        """Told of each moment of a training pass."""
+        return self.recorder.listener
+
+    @listener.setter
+    def listener(self, listener: MomentListener | None) -> None:
+        self.recorder.listener = listener
+
     # -- passes ------------------------------------------------------------------------------------------------------
 
-    def begin_pass(self, training: bool, batch_numel: int) -> None:
+    def begin_pass(self, training: bool, batch_shape: tuple[int, ...]) -> None:
         """A forward pass starts.
 
         Args:
             training: gradients will be asked for; such a pass is recorded.
-            batch_numel: elements of its largest input tensor.
+            batch_shape: of its largest input tensor.
         """
         self.settle_idle_reads()
-        self._scopes.clear()
+        self._end_all_scopes()
         self._end_all_backward()
+        self._current_unit = None
         self.phase = Phase.FORWARD
         self.training_pass = training
-        known = self.trace is not None and batch_numel <= self.trace.batch_numel
+        known = self.trace is not None and self.trace.covers(batch_shape)
         self._eager = not (training and known and self.plan is not None and self.plan.reserve_bytes)
         if self._eager:
             self._release_all()
-        self._recording = Trace(batch_numel=batch_numel)
-        self._position = -1
-        self.device.reset_peaks()
+        self.recorder.begin_pass(batch_shape, active=training)
 
     def end_forward_pass(self) -> None:
         """The root module's forward has ended; without gradients the pass is over."""
-        self._close_moment()
+        self.recorder.close()
         if not self.training_pass:
             self.phase = Phase.IDLE
             self._release_all()
 
     def abort_pass(self) -> None:
         """An error ended the pass: nobody holds anything any more."""
-        for scope in self._scopes:
-            for tensor in list(scope.held):
-                tensor.chunk.let_go(tensor, Move.LET_GO)
-        self._scopes.clear()
+        self._end_all_scopes()
         self._end_all_backward()
         self._release_all()
         self.phase = Phase.IDLE
 
     def begin_backward(self) -> None:
         """The first sign of a backward pass."""
+        self.settle_idle_reads()
         self.phase = Phase.BACKWARD
 
     def end_backward(self) -> bool:
@@ -148,26 +163,14 @@ class Manager:
         Returns:
             True if something was learned that asks for a new plan.
         """
-        self._close_moment()
+        self.recorder.close()
         self._end_all_backward()
         for chunk in list(self._gathered.values()):
             if any(t.state is TensorState.READY_FOR_REDUCE for t in chunk.tensors) or self._eager:
                 self._drop(chunk)
         self.phase = Phase.IDLE
         self._current_unit = None
-        return self._learn()
-
-    def _learn(self) -> bool:
-        recorded, self._recording = self._recording, Trace()
-        if not recorded.moments:
-            return False
-        if self.trace is None or recorded.batch_numel > self.trace.batch_numel:
-            if self.trace is not None and self.trace.same_shape(recorded):
-                recorded.absorb(self.trace)
-                recorded.step_peak_bytes = self.trace.step_peak_bytes
-            self.trace = recorded
-            return True
-        return self.trace.absorb(recorded)
+        return self.recorder.learn()
 
     # -- forward scopes ----------------------------------------------------------------------------------------------
 
@@ -189,6 +192,12 @@ class Manager:
                 self._scopes[-1].held[tensor] = None
         if self._eager and not self._scopes:
             self._release_all()
+
+    def _end_all_scopes(self) -> None:
+        for scope in self._scopes:
+            for tensor in scope.held:
+                tensor.chunk.let_go(tensor, Move.LET_GO)
+        self._scopes.clear()
 
     def _aliases(self, scope: Scope, returned: Iterable[torch.Tensor]) -> set[ChunkTensor]:
         storages = {id(tensor.untyped_storage()) for tensor in returned}
@@ -213,7 +222,7 @@ class Manager:
             # Between forward and backward the user's own loss reads it; nobody will tell us when that is over.
             self._hold_in_backward(tensor, _USER, hard=True)
         else:
-            self._show_idle(tensor)
+            self._idle.show(tensor)
 
     def _acquire(self, tensor: ChunkTensor) -> None:
         if tensor.state is TensorState.READY_FOR_REDUCE:
@@ -222,16 +231,9 @@ class Manager:
         elif tensor.state is TensorState.FREE:
             self._fetch(tensor.chunk)
         tensor.chunk.acquire(tensor)
-        self._note_read(tensor.chunk)
+        self.recorder.note_read(tensor.chunk)
 
     # -- reads outside a pass ----------------------------------------------------------------------------------------
-
-    def _show_idle(self, tensor: ChunkTensor) -> None:
-        if tensor.state is TensorState.FREE:
-            self._fetch(tensor.chunk)
-        if tensor not in self._shown_idle:
-            self.device.synchronize()
-            self._shown_idle[tensor] = None
 
     @contextlib.contextmanager
     def shown_whole(self) -> Iterator[None]:
@@ -244,14 +246,7 @@ class Manager:
 
     def settle_idle_reads(self) -> None:
         """Takes over what was written into parameters that were shown between passes."""
-        shown, self._shown_idle = self._shown_idle, {}
-        for tensor in shown:
-            if not tensor.chunk.on_device:
-                continue
-            present = tensor.parameter.detach().cpu()
-            # Resident values were written in place; whether their master follows cannot be seen by comparing them.
-            if tensor.chunk.resident or not torch.equal(present, tensor.chunk.values_of(tensor)):
-                self.write(tensor, present.clone())
+        self._idle.settle()
 
     def write(self, tensor: ChunkTensor, values: torch.Tensor) -> None:
         """Replaces a parameter's values, and its master's, between passes."""
@@ -316,12 +311,12 @@ class Manager:
         if not chunk.takes_slots or tensor.state is TensorState.READY_FOR_REDUCE:
             with self.device.bookkeeping():
                 chunk.deliver(tensor, gradient)
-            return
-        for holds in self._units.values():
-            holds.soft.pop(tensor, None)
-            holds.hard.pop(tensor, None)
-        chunk.take_slot(tensor, gradient)
-        if chunk.ready:
+        else:
+            for holds in self._units.values():
+                holds.soft.pop(tensor, None)
+                holds.hard.pop(tensor, None)
+            chunk.take_slot(tensor, gradient)
+        if self.recorder.note_gradient(tensor) and chunk.droppable:
             self._drop(chunk)
 
     # -- memory ------------------------------------------------------------------------------------------------------
@@ -329,30 +324,46 @@ class Manager:
     def _fetch(self, chunk: Chunk) -> None:
         if chunk.resident:
             return
+        self.settle_idle_reads()
         self._make_room(chunk.num_bytes)
-        with self.device.bookkeeping():
-            chunk.fetch()
+        while True:
+            try:
+                with self.device.bookkeeping():
+                    chunk.fetch()
+                break
+            except torch.OutOfMemoryError:
+                if not self._evict_one():
+                    self.recorder.note_gathered(refused_bytes=chunk.num_bytes)
+                    raise
         self._chunk_by_storage[id(chunk.storage)] = chunk
         self._gathered[chunk.index] = chunk
         self.counters.num_fetches += 1
 
     def _reserve_bytes(self) -> int:
-        """Device bytes the present moment needs for activations."""
-        if self._eager or self.plan is None or not 0 <= self._position < len(self.plan.reserve_bytes):
-            return 0
-        return self.plan.reserve_bytes[self._position]
+        """Device bytes to keep free of model data: for activations that are there, and that the moment will need."""
+        reserve_bytes = self.device.memory().non_model_bytes
+        if self.plan is not None and self.plan.reserve_bytes and not self._eager:
+            position = min(max(0, self.recorder.position), len(self.plan.reserve_bytes) - 1)
+            reserve_bytes = max(reserve_bytes, self.plan.reserve_bytes[position])
+        return reserve_bytes
 
     def _make_room(self, num_bytes: int) -> None:
-        """Evicts, furthest next use first, until ``num_bytes`` more and the moment's reserve fit."""
+        """Evicts, furthest next use first, until ``num_bytes`` more and the reserve fit, or nothing more can go."""
         room_bytes = self.device.capacity_bytes - self._reserve_bytes()
         while self.device.model_data_bytes + num_bytes > room_bytes:
-            candidates = [index for index, chunk in self._gathered.items() if chunk.droppable]
-            if not candidates:
+            if not self._evict_one():
                 return  # the allocation will say whether it fits after all
-            next_use = self._next_use
-            victim = choose_victim(candidates, next_use, self._position) if next_use else candidates[0]
-            self._drop(self._gathered[victim])
-            self.counters.num_evictions += 1
+
+    def _evict_one(self) -> bool:
+        """Gives up the gathered chunk that is read furthest in the future; False if all are in use."""
+        candidates = [index for index, chunk in self._gathered.items() if chunk.droppable]
+        if not candidates:
+            return False
+        next_use = self._next_use
+        victim = choose_victim(candidates, next_use, self.recorder.position) if next_use else candidates[0]
+        self._drop(self._gathered[victim])
+        self.counters.num_evictions += 1
+        return True
 
     def _drop(self, chunk: Chunk) -> None:
         with self.device.bookkeeping():
@@ -375,6 +386,15 @@ class Manager:
         """Before an update on the device: everything gathered goes, so that its temporaries fit."""
         self._release_all()
 
+    def drop_gradients(self) -> None:
+        """After gradients were forgotten: their host memory goes, as with torch's ``zero_grad``.
+
+        Pinned memory stays for the next step: to pin it anew would cost more than it holds.
+        """
+        if not self.store.host.pinned_bytes:
+            for chunk in self.chunks:
+                gradients.drop(chunk.segments, self.store)
+
     def apply(self, plan: Plan) -> None:
         """Moves every chunk to where the plan wants it. Nothing may be running."""
         if self.phase is not Phase.IDLE:
@@ -382,9 +402,15 @@ class Manager:
         self.settle_idle_reads()
         self._end_all_backward()
         self._release_all()
-        order = sorted(self.chunks, key=lambda c: _growth(c, plan))
-        for chunk in order:  # what leaves the device goes first
-            chunk.place(plan.placements[chunk.index])
+        try:
+            # What leaves the device goes first.
+            for chunk in sorted(self.chunks, key=lambda c: c.growth_bytes(plan.placements[c.index])):
+                chunk.place(plan.placements[chunk.index])
+        except Exception:
+            self.plan = Plan(plan.policy, [chunk.placement for chunk in self.chunks])  # as far as it came
+            raise
+        finally:
+            self._chunk_by_storage.clear()  # residents have given their gathered buffers up; each fetch enters itself
         self.plan = plan
         self._next_use = NextUse(self.trace) if self.trace is not None else None
 
@@ -396,55 +422,22 @@ class Manager:
             if self._eager:
                 self._release_all()
             return
-        self._close_moment()
-        self._recording.moments.append(Moment(label, phase))
-        self._position = self._locate(phase, label)
-        self._moment_started_s = time.perf_counter()
-        self.device.reset_peaks()
+        self.recorder.close()
+        self.recorder.begin_moment(label, phase)
         if self._eager:
             self._release_all()
         else:
             self._make_room(0)
-        self._note_gathered()
-
-    def _locate(self, phase: str, label: str) -> int:
-        """The trace's position of this moment: the next one, or the nearest later one of the same name."""
-        if self.trace is None:
-            return len(self._recording.moments) - 1
-        moments = self.trace.moments
-        for position in range(max(0, self._position + 1), len(moments)):
-            if moments[position].key == (phase, label):
-                return position
-        return max(0, self._position)
-
-    def _close_moment(self) -> None:
-        if not self._recording.moments:
-            return
-        moment = self._recording.moments[-1]
-        memory = self.device.memory()
-        moment.non_model_peak_bytes = max(moment.non_model_peak_bytes, memory.non_model_peak_bytes)
-        moment.duration_s = time.perf_counter() - self._moment_started_s
-        if self.listener is not None:
-            self.listener.moment_ended(moment)
-
-    def _note_read(self, chunk: Chunk) -> None:
-        if not self._recording.moments:
-            return
-        moment = self._recording.moments[-1]
-        if chunk.index not in moment.reads:
-            moment.reads.append(chunk.index)
-        self._note_gathered()
-
-    def _note_gathered(self) -> None:
-        moment = self._recording.moments[-1]
-        gathered_bytes = self.store.bytes_by[Tier.DEVICE, Kind.GATHERED]
-        moment.gathered_peak_bytes = max(moment.gathered_peak_bytes, gathered_bytes)
+        for chunk in self._gathered.values():
+            if chunk.in_use:
+                self.recorder.note_read(chunk)
+        self.recorder.note_gathered()
 
     @property
     def pass_moments(self) -> list[Moment]:
         """Moments of the pass that runs now, the last one with its figures so far."""
-        self._close_moment()
-        return list(self._recording.moments)
+        self.recorder.close()
+        return list(self.recorder.moments)
 
     def reset_counters(self) -> None:
         """Starts a new optimizer step's counts."""
@@ -483,19 +476,3 @@ class Manager:
             raise RuntimeError(f"gathered copies add up to {gathered_bytes} bytes, {counted_bytes} were counted")
         if self.phase is Phase.IDLE and any(chunk.in_use for chunk in self.chunks):
             raise RuntimeError("a tensor is in COMPUTE though nothing runs")
-
-
-class MomentListener:
-    """Told of each moment as it ends; draws the memory map."""
-
-    def moment_ended(self, moment: Moment) -> None:
-        """A moment of a training pass has ended."""
-        raise NotImplementedError
-
-
-def _growth(chunk: Chunk, plan: Plan) -> int:
-    """Device elements a chunk gains by the plan; negative when it leaves."""
-    placement = plan.placements[chunk.index]
-    present = sum(s.numel for s in chunk.segments if s.value_tier is Tier.DEVICE)
-    present += sum(s.numel for s in chunk.segments if s.companion_tier is Tier.DEVICE)
-    return placement.resident_numel + placement.companion_numel - present

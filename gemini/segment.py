@@ -62,7 +62,8 @@ class Segment:
         """
         if key not in self.companions:
             buffer = store.allocate(self.companion_tier, kind_of(key), self.numel, dtype)
-            self.companions[key] = buffer.zero_()
+            # Host memory comes zero-filled; touching it here would only make the machine write it twice.
+            self.companions[key] = buffer if self.companion_tier is Tier.HOST else buffer.zero_()
         buffer = self.companions[key]
         if buffer.dtype != dtype:
             raise ValueError(f"companion {key} has dtype {buffer.dtype}, {dtype} was asked for")
@@ -140,8 +141,8 @@ def device_bytes_at(segments: Sequence[Segment], placement: Placement) -> int:
 def rebuild(old: list[Segment], placement: Placement, numel: int, store: Store) -> list[Segment]:
     """Moves a chunk's elements to a new placement, buffer by buffer, so at most one buffer exists twice at a time.
 
-    Exact: values, master, states and pending gradients arrive bit for bit. What leaves the device goes first, so that it
-    never holds more than the greater of before and after.
+    Exact: values, master, states and pending gradients arrive bit for bit. What leaves the device goes first: it never
+    holds more than the greater of before and after.
 
     Raises:
         torch.OutOfMemoryError: the device has no room; ``old`` is then what it was.

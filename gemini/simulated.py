@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from gemini.device import Device, DeviceMemory, Event, Stream
+from gemini.heap import own_mapping
 from gemini.tracker import StorageTracker
 from gemini.units import format_bytes
 
@@ -140,7 +141,7 @@ class SimulatedDevice(Device):
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A poisoned buffer that counts against the capacity."""
         self._admit(numel * dtype.itemsize)
-        with _unwatched():
+        with _unwatched(), own_mapping(numel * dtype.itemsize):
             buffer = super().allocate(numel, dtype)
             self._fill(buffer)
         self._tracker.exempt(buffer)
@@ -165,7 +166,7 @@ class SimulatedDevice(Device):
     def take_again(self, buffer: torch.Tensor, numel: int) -> None:
         """Puts poisoned memory back under the buffer."""
         self._admit(numel * buffer.dtype.itemsize)
-        with _unwatched():
+        with _unwatched(), own_mapping(numel * buffer.dtype.itemsize):
             super().take_again(buffer, numel)
             self._fill(buffer)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gemini.plan import ChunkFacts, Plan, persistent_bytes
 from gemini.segment import Placement
-from gemini.trace import NextUse, Trace
+from gemini.trace import Moment, NextUse, Trace
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,55 @@ class Prediction:
 
 
 def choose_victim(candidates: list[int], next_use: NextUse, position: int) -> int:
-    """The chunk read furthest in the future (lowest index among equals)."""
-    return max(candidates, key=lambda chunk: (next_use.after(chunk, position), -chunk))
+    """The chunk read furthest in the future (lowest index among equals); what this moment reads goes last of all."""
+    return max(candidates, key=lambda chunk: (next_use.after(chunk, position - 1), -chunk))
+
+
+def required_bytes(
+    facts: list[ChunkFacts], placements: list[Placement], trace: Trace, with_margin: bool = False
+) -> int:
+    """The smallest device on which a pass like the trace's, and a step, run with these placements.
+
+    Args:
+        facts: of all chunks, by index.
+        placements: by chunk index.
+        trace: of one pass.
+        with_margin: leave room for activations to grow from pass to pass (:attr:`Moment.reserve_bytes`).
+    """
+    needs = _needs(facts, placements, trace)
+    if with_margin:
+        needs = [n + m.reserve_bytes - m.non_model_peak_bytes for n, m in zip(needs, trace.moments, strict=True)]
+    need_bytes = max(needs, default=0)
+    if any(placement.companion_numel for placement in placements):
+        need_bytes = max(need_bytes, trace.step_peak_bytes)
+    return sum(persistent_bytes(facts, placements)) + max(need_bytes, largest_gathered_bytes(facts, placements))
+
+
+def largest_gathered_bytes(facts: list[ChunkFacts], placements: list[Placement]) -> int:
+    """Bytes of the largest chunk that must be gathered to be read."""
+    return max((f.value_bytes for f, p in zip(facts, placements, strict=True) if not _resident(f, p)), default=0)
+
+
+def _resident(fact: ChunkFacts, placement: Placement) -> bool:
+    return placement.resident_numel >= fact.numel
+
+
+def _needs(facts: list[ChunkFacts], placements: list[Placement], trace: Trace) -> list[int]:
+    """Bytes beside what stays that each moment cannot do without."""
+    gathered_bytes = [0 if _resident(f, p) else f.value_bytes for f, p in zip(facts, placements, strict=True)]
+    were_resident = set(trace.resident)
+    needs = []
+    for moment in trace.moments:
+        wanted_bytes = sum(gathered_bytes[chunk] for chunk in moment.reads)
+        # Chunks that were resident when the trace was made took no gathered bytes then.
+        more_bytes = sum(gathered_bytes[chunk] for chunk in moment.reads if chunk in were_resident)
+        seen_bytes = moment.gathered_peak_bytes + more_bytes
+        # A moment never holds more at once than it reads, or than it was seen to (0: nobody looked).
+        need_bytes = min(wanted_bytes, seen_bytes or wanted_bytes) + moment.non_model_peak_bytes
+        if moment.both_peak_bytes:
+            need_bytes = min(need_bytes, moment.both_peak_bytes + more_bytes)
+        needs.append(need_bytes)
+    return needs
 
 
 def replay(
@@ -57,36 +104,75 @@ def replay(
         next_use: of the trace, if the caller has it already.
     """
     next_use = next_use or NextUse(trace)
-    values, companions = persistent_bytes(facts, placements)
-    persistent = values + companions
-    gathered: dict[int, int] = {}
-    peak, fits = persistent + trace.step_peak_bytes, persistent + trace.step_peak_bytes <= capacity_bytes
-    num_fetches = num_evictions = h2d_bytes = 0
+    persistent = sum(persistent_bytes(facts, placements))
+    needs = _needs(facts, placements, trace)
+    held_numel = [0 if _resident(f, p) else f.numel for f, p in zip(facts, placements, strict=True)]
+    gathered = _Gathered([n * f.value_itemsize for n, f in zip(held_numel, facts, strict=True)], next_use)
+    peak = persistent
     for position, moment in enumerate(trace.moments):
-        room = capacity_bytes - persistent - moment.non_model_peak_bytes
-        wanted = [c for c in moment.reads if placements[c].resident_numel < facts[c].numel]
-        missing = [c for c in wanted if c not in gathered]
-        while sum(gathered.values()) + sum(facts[c].value_bytes for c in missing) > room:
-            candidates = [c for c in gathered if c not in wanted]
-            if not candidates:
-                break
-            gathered.pop(choose_victim(candidates, next_use, position))
-            num_evictions += 1
+        room_bytes = capacity_bytes - persistent - moment.reserve_bytes
+        gathered.enter(position, moment, room_bytes)
+        # Where not even what the moment reads fits beside the reserve, it is held in turn.
+        held_bytes = min(gathered.num_bytes, max(0, room_bytes))
+        peak = max(peak, persistent + max(needs[position], held_bytes + moment.non_model_peak_bytes))
+        gathered.leave(moment)
+    if any(placement.companion_numel for placement in placements):
+        peak = max(peak, persistent + trace.step_peak_bytes)
+    h2d_bytes = sum(
+        times * (fact.numel - placement.resident_numel) * fact.value_itemsize
+        for times, fact, placement in zip(gathered.num_fetches, facts, placements, strict=True)
+    )
+    return Prediction(
+        peak_bytes=peak,
+        num_fetches=sum(gathered.num_fetches),
+        num_evictions=gathered.num_evictions,
+        h2d_bytes=h2d_bytes,
+        step_s=_step_s(facts, placements, h2d_bytes, profile),
+        fits=required_bytes(facts, placements, trace) <= capacity_bytes,
+    )
+
+
+class _Gathered:
+    """The gathered copies of a replay.
+
+    Args:
+        chunk_bytes: of each chunk's copy; 0 where none is needed.
+        next_use: of the trace.
+    """
+
+    def __init__(self, chunk_bytes: list[int], next_use: NextUse) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._next_use = next_use
+        self._held: set[int] = set()
+        self.num_bytes = 0
+        self.num_fetches = [0] * len(chunk_bytes)
+        self.num_evictions = 0
+
+    def enter(self, position: int, moment: Moment, room_bytes: int) -> None:
+        """Fetches what the moment reads, after evicting what must go for it and for its activations."""
+        wanted = [chunk for chunk in moment.reads if self._chunk_bytes[chunk]]
+        missing = [chunk for chunk in wanted if chunk not in self._held]
+        more_bytes = sum(self._chunk_bytes[chunk] for chunk in missing)
+        candidates = [chunk for chunk in self._held if chunk not in wanted]
+        while candidates and self.num_bytes + more_bytes > room_bytes:
+            victim = choose_victim(candidates, self._next_use, position)
+            candidates.remove(victim)
+            self._drop(victim)
+            self.num_evictions += 1
         for chunk in missing:
-            gathered[chunk] = facts[chunk].value_bytes
-            num_fetches += 1
-            h2d_bytes += (facts[chunk].numel - placements[chunk].resident_numel) * facts[chunk].value_itemsize
-        # A moment never holds more at once than it was seen to, or than it reads.
-        in_use = min(sum(gathered.values()), max(moment.gathered_peak_bytes, 0) or sum(gathered.values()))
-        fits = fits and persistent + in_use + moment.non_model_peak_bytes <= capacity_bytes
-        peak = max(peak, persistent + min(sum(gathered.values()), max(room, in_use)) + moment.non_model_peak_bytes)
-        if moment.phase == "backward":
-            for chunk in [
-                c for c in gathered if facts[c].companion_bytes and next_use.after(c, position) > len(trace.moments)
-            ]:
-                gathered.pop(chunk)  # its gradient took the slot and went out
-    step_s = _step_s(facts, placements, h2d_bytes, profile)
-    return Prediction(peak, num_fetches, num_evictions, h2d_bytes, step_s, fits)
+            self._held.add(chunk)
+            self.num_fetches[chunk] += 1
+        self.num_bytes += more_bytes
+
+    def leave(self, moment: Moment) -> None:
+        """Copies whose gradients are complete went out with them."""
+        for chunk in moment.gradients:
+            if chunk in self._held:
+                self._drop(chunk)
+
+    def _drop(self, chunk: int) -> None:
+        self._held.remove(chunk)
+        self.num_bytes -= self._chunk_bytes[chunk]
 
 
 def _step_s(facts: list[ChunkFacts], placements: list[Placement], h2d_bytes: int, profile: HardwareProfile) -> float:
@@ -108,7 +194,7 @@ def _step_s(facts: list[ChunkFacts], placements: list[Placement], h2d_bytes: int
 
 def with_prediction(plan: Plan, prediction: Prediction, trace: Trace) -> Plan:
     """The plan with what a replay found written into it."""
-    plan.reserve_bytes = [moment.non_model_peak_bytes for moment in trace.moments]
+    plan.reserve_bytes = [moment.reserve_bytes for moment in trace.moments]
     plan.predicted_device_peak_bytes = prediction.peak_bytes
     plan.predicted_fetches = prediction.num_fetches
     plan.predicted_h2d_bytes = prediction.h2d_bytes

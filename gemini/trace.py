@@ -18,11 +18,15 @@ class Moment:
     phase: str
     """``"forward"`` or ``"backward"``."""
     reads: list[int] = field(default_factory=list)
-    """Chunk indices in the order they were first read."""
+    """Chunk indices in the order they were first read; first those still in use from the moment before."""
+    gradients: list[int] = field(default_factory=list)
+    """Chunks whose last gradient of the pass arrived here: their gathered copies have served."""
     non_model_peak_bytes: int = 0
     """Highest bytes of activations and temporaries."""
     gathered_peak_bytes: int = 0
     """Highest bytes of gathered copies of chunks."""
+    both_peak_bytes: int = 0
+    """Highest bytes of the two together at one instant, at most their sum; 0 while unknown."""
     duration_s: float = 0.0
 
     @property
@@ -30,21 +34,52 @@ class Moment:
         """What identifies the moment in another pass."""
         return self.phase, self.label
 
+    @property
+    def reserve_bytes(self) -> int:
+        """Device bytes that no chunk may take for later use: non-model data, and what it may grow by from pass to pass
+        (a tensor that the user still holds, another route through the model)."""
+        return self.non_model_peak_bytes + self.non_model_peak_bytes // 32
+
+    def raise_non_model(self, num_bytes: int) -> bool:
+        """Notes that non-model bytes were seen to go higher; True if that was news."""
+        growth = num_bytes - self.non_model_peak_bytes
+        if growth <= 0:
+            return False
+        self.non_model_peak_bytes = num_bytes
+        if self.both_peak_bytes:
+            self.both_peak_bytes += growth  # the worst case: both are highest at the same instant
+        return True
+
 
 @dataclass
 class Trace:
     """The moments of one training pass (one micro-batch: forward and backward)."""
 
     moments: list[Moment] = field(default_factory=list)
-    batch_numel: int = 0
-    """Elements of the largest input tensor of the pass: a larger batch needs a new trace."""
+    batch_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    """Shapes of the largest input tensor of the passes that the figures cover, none of them within another."""
     step_peak_bytes: int = 0
     """Highest temporaries of an optimizer step on the device."""
+    resident: list[int] = field(default_factory=list)
+    """Chunks that needed no gathered copy in this pass, so that the moments' bytes do not count them."""
 
     @property
     def non_model_peak_bytes(self) -> int:
         """Highest non-model bytes of the pass."""
         return max((moment.non_model_peak_bytes for moment in self.moments), default=0)
+
+    def covers(self, batch_shape: tuple[int, ...]) -> bool:
+        """Whether a batch of this shape needs no more than one that was seen: no longer *and* no more rows.
+
+        Elements alone would not do: attention needs more for one row of 128 tokens than for 8 rows of 16.
+        """
+        return any(_within(batch_shape, seen) for seen in self.batch_shapes)
+
+    def cover(self, batch_shapes: list[tuple[int, ...]]) -> None:
+        """Takes note of further shapes that the figures hold for."""
+        for shape in batch_shapes:
+            if not self.covers(shape):
+                self.batch_shapes = [seen for seen in self.batch_shapes if not _within(seen, shape)] + [shape]
 
     def same_shape(self, other: Trace) -> bool:
         """Whether both passes went through the same moments."""
@@ -56,17 +91,19 @@ class Trace:
         A pass through other moments (layer drop, another branch) cannot be laid over this one moment by moment; its
         peak is then taken for every moment, which is safe.
         """
-        grew = False
-        pairs = zip(self.moments, other.moments, strict=False) if self.same_shape(other) else None
-        if pairs is None:
-            highest = max(other.moments, key=lambda m: m.non_model_peak_bytes, default=None)
-            pairs = ((moment, highest) for moment in self.moments) if highest is not None else iter(())
-        for mine, theirs in pairs:
-            if theirs.non_model_peak_bytes > mine.non_model_peak_bytes:
-                mine.non_model_peak_bytes = theirs.non_model_peak_bytes
-                grew = True
-        self.batch_numel = max(self.batch_numel, other.batch_numel)
-        return grew
+        if self.same_shape(other):
+            peaks = [moment.non_model_peak_bytes for moment in other.moments]
+        else:
+            peaks = [other.non_model_peak_bytes] * len(self.moments)
+        grew = [mine.raise_non_model(peak) for mine, peak in zip(self.moments, peaks, strict=True)]
+        self.cover(other.batch_shapes)
+        self.step_peak_bytes = max(self.step_peak_bytes, other.step_peak_bytes)
+        return any(grew)
+
+
+def _within(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether a shape is no longer than another in any dimension."""
+    return len(shape) == len(other) and all(mine <= theirs for mine, theirs in zip(shape, other, strict=True))
 
 
 class NextUse:

@@ -23,7 +23,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
 
 
-class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class StorageTracker(TorchDispatchMode):
     """A dispatch mode that counts each storage from the operator that makes it to the death of its last tensor.
 
     Args:
@@ -38,7 +38,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, admit: Callable[[int], None], guard_reads: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._admit = admit
         self._guard_reads = guard_reads
         self._storages: dict[int, Any] = {}

@@ -15,22 +15,25 @@ from torch import nn
 from gemini.arena import HostArena
 from gemini.chunk import ChunkTensor
 from gemini.device import Device
-from gemini.plan import Plan, offload_all
+from gemini.plan import Plan
 from gemini.policy import does_not_fit
 from gemini.store import Tier
 from gemini.trace import Trace
 from zero import checkpoint, export
 from zero.config.schema import Config
+from zero.dryrun import Blueprint
 from zero.errors import UserError
-from zero.gradient import unmanage
+from zero.gradient import forget_gradient, settle_gradient, unmanage
 from zero.hooks import ModelHooks
 from zero.memory_report import MemoryReport
-from zero.optim.chunked import ZeroOptimizer, map_groups
+from zero.optim.chunked import ZeroOptimizer, map_groups, require_ours
 from zero.optim.elementwise import state_bytes_per_numel
 from zero.optim.native import NativeKernel
 from zero.optim.update import ChunkUpdater
+from zero.passes import PassPlanner
 from zero.precision import LossScaler, clip_coefficient, gradient_statistics
-from zero.setup import make_policy, take_over
+from zero.rerun import BufferWatch, StartingPoint
+from zero.setup import Managed, make_policy, take_over
 
 logger = logging.getLogger("zero")
 
@@ -67,6 +70,7 @@ class Engine:
         device: Device,
         kernel: NativeKernel | None,
         arena: type[HostArena] = HostArena,
+        blueprint: Blueprint | None = None,
     ) -> None:
         self.module = model
         self.criterion = criterion
@@ -78,31 +82,57 @@ class Engine:
         self.num_skipped_steps = 0
         self.skipped_last_step = False
         self.last_step_peak_bytes = 0
+        self.scaler = _make_scaler(config)
         self._accumulation = config.train.gradient_accumulation_steps
         self._micro_step = 0
         self._at_loader_end = False
-        self._needs_plan = False
         self._closed = False
+        self._blueprint = blueprint
+        self._last_batch: tuple[Any, Any] = ((), {})
         self._host = arena(device, config.memory.pin, config.memory.host)
-        self._policy = make_policy(config, device)
+        if optimizer is not None:
+            require_ours(optimizer, model)  # before anything is touched
         state_bytes = state_bytes_per_numel(optimizer) if optimizer is not None else 0
         managed = take_over(model, config, device, state_bytes, self._accumulation > 1, self._host)
+        self.optimizer: ZeroOptimizer | None = None
         self.manager = managed.manager
+        with contextlib.ExitStack() as undo:  # a refusal leaves model and optimizer as they were
+            self._take_charge(managed, optimizer, kernel, undo)
+            self._undo = undo.pop_all()
+        self._last_counters = (self.manager.counters, 0, 0)
+
+    def _take_charge(
+        self,
+        managed: Managed,
+        optimizer: torch.optim.Optimizer | None,
+        kernel: NativeKernel | None,
+        undo: contextlib.ExitStack,
+    ) -> None:
+        """Hooks, optimizer and first plan; ``undo`` learns how to take each back, last first."""
+        policy = make_policy(self.config, self.device)
+        self._planner = PassPlanner(policy, managed.facts, self.manager, self.device)
+        undo.callback(self.device.close)
+        undo.callback(self._dissolve)
         self._tensors = managed.tensors
         self.facts = managed.facts
-        self._ordered = [managed.tensors[id(p)] for p in model.parameters() if id(p) in managed.tensors]
+        self._ordered = [managed.tensors[id(p)] for p in self.module.parameters() if id(p) in managed.tensors]
         self._hooks = ModelHooks(
-            model, managed.units, self.manager, self._tensors, self._pass_begins, self._backward_ends
+            self.module,
+            managed.units,
+            self.manager,
+            self._tensors,
+            self._planner.pass_begins,
+            self._planner.backward_ends,
         )
-        self._export = export.StateDictHook(model, self._tensors, self.manager)
-        self.scaler = _make_scaler(config)
-        self.optimizer: ZeroOptimizer | None = None
+        undo.callback(self._hooks.remove)
+        undo.callback(export.StateDictHook(self.module, self._tensors, self.manager).remove)
         if optimizer is not None:
-            groups = map_groups(optimizer, self._tensors, managed.names)
+            groups = map_groups(optimizer.param_groups, self._tensors)
             updater = self._make_updater(optimizer, groups, kernel)
             self.optimizer = ZeroOptimizer(optimizer, self.manager, self._tensors, updater, self.step, self.zero_grad)
-        self.manager.apply(self._policy.initial(self.facts, device.capacity_bytes))
-        self._last_counters = (self.manager.counters, 0, 0)
+            undo.callback(self.optimizer.release)
+        self.manager.apply(policy.initial(self.facts, self.device.capacity_bytes))
+        self._buffers = BufferWatch(self.module)
 
     def _make_updater(
         self, optimizer: torch.optim.Optimizer, groups: dict[ChunkTensor, dict[str, Any]], kernel: NativeKernel | None
@@ -121,14 +151,16 @@ class Engine:
             gemini.plan.DoesNotFitError: no placement lets this batch run on the device.
         """
         self._require_open()
-        state = torch.get_rng_state()
+        self._last_batch = (args, kwargs)
+        start = StartingPoint(self._buffers, self.device.torch_device)
         try:
             return self.module(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            if not self._offload_everything():
+            if not self._planner.offload_everything():
                 raise self._refusal(error) from error
-        # The placement was too greedy for this batch: everything is off the device now, run the same batch again.
-        torch.set_rng_state(state)
+        # The placement was too greedy for this batch: everything is off the device now, run the same batch again. Not
+        # in the handler above, where the error's traceback still holds what the failed pass had made.
+        start.restore()
         try:
             return self.module(*args, **kwargs)
         except torch.OutOfMemoryError as error:
@@ -153,12 +185,12 @@ class Engine:
             self._hooks.backward_failed()
             self.manager.abort_pass()
             if isinstance(error, torch.OutOfMemoryError):
-                raise self._refusal(error) from error
+                raise self._backward_refusal(error) from error
             raise
 
     @property
     def is_boundary(self) -> bool:
-        """Whether the next ``step()`` acts: its micro-batch is the last of the accumulation window, or of the loader."""
+        """Whether the next ``step()`` acts: its micro-batch ends the accumulation window, or the loader."""
         return self._at_loader_end or (self._micro_step + 1) % self._accumulation == 0
 
     def step(self) -> None:
@@ -178,6 +210,8 @@ class Engine:
         self._micro_step = 0
         self._at_loader_end = False
         self.manager.release_stale()
+        for tensor in self._ordered:
+            settle_gradient(tensor)
         inverse_scale = 1.0 / self.scaler.scale
         statistics = gradient_statistics(self._ordered, inverse_scale)
         self.grad_norm = statistics.norm
@@ -214,8 +248,10 @@ class Engine:
     def zero_grad(self) -> None:
         """Forgets gradients, unless an accumulation window is open."""
         if self._micro_step == 0:
+            self._hooks.settle_failed_backward()
             for tensor in self._ordered:
-                tensor.has_gradient = False
+                forget_gradient(tensor)
+            self.manager.drop_gradients()
 
     def train(self, mode: bool = True) -> Engine:
         """Sets the model's mode."""
@@ -231,46 +267,39 @@ class Engine:
         """The scale of the next backward pass; 1 unless the dtype is fp16."""
         return self.scaler.scale
 
-    def end_of_loader(self) -> None:
+    def end_of_loader(self, at_end: bool = True) -> None:
         """The current micro-batch is the loader's last: its ``step()`` acts even if the window is not full."""
-        self._at_loader_end = True
+        self._at_loader_end = at_end
 
-    # -- passes and plans --------------------------------------------------------------------------------------------
+    @property
+    def _needs_plan(self) -> bool:
+        """Whether the next training pass makes a new plan first; set by who brings a trace from elsewhere."""
+        return self._planner.needs_plan
 
-    def _pass_begins(self, training: bool, batch_numel: int) -> None:
-        trace = self.manager.trace
-        if training and trace is not None and batch_numel > trace.batch_numel:
-            self._offload_everything()  # nobody knows what this longer batch needs: warm up again
-        elif training and self._needs_plan:
-            self._replan()
-        self.manager.begin_pass(training, batch_numel)
+    @_needs_plan.setter
+    def _needs_plan(self, value: bool) -> None:
+        self._planner.needs_plan = value
 
-    def _backward_ends(self) -> None:
-        self._needs_plan |= self.manager.end_backward()
-
-    def _replan(self) -> None:
-        self._needs_plan = False
-        trace = self.manager.trace
-        if trace is None:
-            return
-        self.manager.apply(self._policy.decide(self.facts, trace, self.device.capacity_bytes))
-
-    def _offload_everything(self) -> bool:
-        """Takes all model data off the device, if the policy may; True if anything was there."""
-        if self._policy.name != "auto":
-            return False
-        self._needs_plan = True
-        if not any(p.resident_numel or p.companion_numel for p in self.plan.placements):
-            return False
-        self.manager.apply(offload_all("auto", self.facts))
-        return True
+    def _backward_refusal(self, error: torch.OutOfMemoryError) -> Exception:
+        """The same for a backward pass, which cannot be run again without the user's loss."""
+        if not self._planner.offload_everything():
+            return self._refusal(error)
+        self._micro_step = 0
+        self.zero_grad()
+        return torch.OutOfMemoryError(
+            f"{error}. This batch needed more than those before it. Everything has been taken off the device now and "
+            "the gradients of this accumulation window are dropped: run its micro-batches again, they may well fit"
+        )
 
     def _refusal(self, error: torch.OutOfMemoryError) -> Exception:
         """An out-of-memory error of the device as a table of who needs what."""
         moments = self.manager.pass_moments
-        if not moments:
-            return error
         trace = Trace(moments=moments)
+        if self._blueprint is not None and torch.is_grad_enabled():
+            # The pass broke off before its worst moment: only a dry run knows how much would have been enough.
+            trace = self._blueprint.trace(self.config, *self._last_batch) or trace
+        if not trace.moments:
+            return error
         refusal = does_not_fit(self.facts, self.plan, trace, self.device.capacity_bytes)
         refusal.__notes__ = [str(error)]
         return refusal
@@ -353,18 +382,23 @@ class Engine:
         export.save_pretrained(self.module, self._tensors, Path(directory))
 
     def close(self) -> None:
-        """Gives all memory back and leaves the model an ordinary module with its trained values on the host."""
-        if self._closed:
-            return
-        self._closed = True
-        self.manager.settle_idle_reads()
-        self._hooks.remove()
-        self._export.remove()
+        """Gives all memory back and leaves an ordinary module, with its trained values on the host, and optimizer.
+
+        Plain PyTorch, or another engine, can go on from there; in bf16 and fp16 without the fp32 master.
+        """
+        if not self._closed:
+            self._closed = True
+            self.manager.settle_idle_reads()
+            self._undo.close()
+
+    def _dissolve(self) -> None:
+        """Chunk by chunk, so that nothing is held twice but one chunk."""
         for chunk in self.manager.chunks:
+            if self.optimizer is not None:
+                self.optimizer.hand_back(chunk.tensors)
             chunk.dissolve()
-        for tensor in self._tensors.values():
-            unmanage(tensor.parameter)  # type: ignore[arg-type]
-        self.device.close()
+            for tensor in chunk.tensors:
+                unmanage(tensor.parameter)  # type: ignore[arg-type]
 
     def _require_open(self) -> None:
         if self._closed:

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from gemini.chunk import ChunkTensor
 from gemini.manager import Manager, Phase
-from zero.gradient import take_autograd_gradient
+from zero.gradient import settle_gradient, take_autograd_gradient
 from zero.units import Unit
 
 
@@ -69,7 +69,7 @@ class ModelHooks:
         units: from :func:`zero.units.find_units`.
         manager: told of everything.
         tensors: chunk tensors by ``id`` of their parameter.
-        on_pass: called when a pass begins, before anything runs: ``on_pass(training, batch_numel)``.
+        on_pass: called when a pass begins, before anything runs: ``on_pass(training, batch_shape)``.
         on_backward_end: called when a backward pass is over.
     """
 
@@ -79,7 +79,7 @@ class ModelHooks:
         units: list[Unit],
         manager: Manager,
         tensors: dict[int, ChunkTensor],
-        on_pass: Callable[[bool, int], None],
+        on_pass: Callable[[bool, tuple[int, ...]], None],
         on_backward_end: Callable[[], None],
     ) -> None:
         self._root = root
@@ -154,7 +154,7 @@ class ModelHooks:
         training = torch.is_grad_enabled() and any(t.chunk.layout.trainable for t in self._tensors.values())
         self._callback_queued = False  # a backward pass that failed never told us of its end
         self._outer_error = sys.exc_info()[1]
-        self._on_pass(training, _largest_numel((args, kwargs)))
+        self._on_pass(training, _largest_shape((args, kwargs)))
         self._pass_context = device.activity()
         self._pass_context.__enter__()
         self._saving = saved_tensors_hooks(self._pack, self._unpack) if training else None
@@ -254,6 +254,12 @@ class ModelHooks:
         self._manager.device.expects_backward = False
         self._on_backward_end()
 
+    def settle_failed_backward(self) -> None:
+        """Clears up after a backward pass of the user's that ended in an exception; nothing if there was none."""
+        if self._manager.phase is Phase.BACKWARD and not _inside_backward():
+            self.backward_failed()
+            self._manager.abort_pass()
+
     def backward_failed(self) -> None:
         """A backward pass ended in an exception: autograd ran no callback."""
         self._callback_queued = False
@@ -266,7 +272,9 @@ class ModelHooks:
             return
         if _inside_backward():
             self._enter_backward()
-        self._manager.take_gradient(self._tensors[id(parameter)], gradient)
+        tensor = self._tensors[id(parameter)]
+        settle_gradient(tensor)
+        self._manager.take_gradient(tensor, gradient)
 
 
 def _inside_backward() -> bool:
@@ -282,5 +290,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from (item for item in vars(leaf).values() if isinstance(item, torch.Tensor))
 
 
-def _largest_numel(value: Any) -> int:
-    return max((tensor.numel() for tensor in _tensors(value)), default=0)
+def _largest_shape(value: Any) -> tuple[int, ...]:
+    largest = max(_tensors(value), key=torch.Tensor.numel, default=None)
+    return () if largest is None else tuple(largest.shape)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemini.device import Device
+from gemini.device import Device, HostDevice
 from zero.config.loading import load_config
 from zero.config.schema import Config
+from zero.dryrun import Blueprint
 from zero.engine import Engine
 from zero.errors import UserError
 from zero.launcher import current_config
@@ -55,8 +56,13 @@ def initialize(
     if not isinstance(model, nn.Module):
         raise UserError(f"model: a torch.nn.Module is needed, {type(model).__name__} was given")
     kernel = choose_kernel(resolved, optimizer)
-    engine = Engine(model, optimizer, criterion, resolved, device or make_device(resolved), kernel)
-    train = LoaderView(train_dataloader, engine.end_of_loader) if train_dataloader is not None else None
+    device = device or make_device(resolved)
+    # A copy without memory, from which a refusal can tell how large a device would be large enough.
+    blueprint = None if isinstance(device, HostDevice) else Blueprint(model)
+    engine = Engine(model, optimizer, criterion, resolved, device, kernel, blueprint=blueprint)
+    train = None
+    if train_dataloader is not None:
+        train = LoaderView(train_dataloader, engine.end_of_loader, resolved.train.gradient_accumulation_steps > 1)
     return engine, train, test_dataloader, lr_scheduler
 
 

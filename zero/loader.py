@@ -7,30 +7,37 @@ from typing import Any
 
 
 class LoaderView:
-    """Iterates as the loader does, one batch ahead, so that the last batch of an epoch is known as such.
+    """Iterates as the loader does, and knows the last batch of an epoch as such.
 
     An accumulation window that the epoch's end cuts short is then stepped, not dropped.
 
     Args:
         loader: any iterable of batches.
-        on_last: called before the last batch is handed out.
+        on_batch: called before each batch is handed out, with whether it is the last; and with False after the end.
+        look_ahead: read one batch ahead to know. Without it batches are read when asked for, as by a plain loop, and
+            none is called the last.
     """
 
-    def __init__(self, loader: Any, on_last: Callable[[], None]) -> None:
+    def __init__(self, loader: Any, on_batch: Callable[[bool], None], look_ahead: bool) -> None:
         self._loader = loader
-        self._on_last = on_last
+        self._on_batch = on_batch
+        self._look_ahead = look_ahead
 
     def __iter__(self) -> Iterator[Any]:
         """Batches in the loader's order."""
+        if not self._look_ahead:
+            yield from self._loader
+            return
         iterator = iter(self._loader)
         missing = object()
         batch = next(iterator, missing)
         while batch is not missing:
             following = next(iterator, missing)
-            if following is missing:
-                self._on_last()
+            self._on_batch(following is missing)
             yield batch
             batch = following
+        # A loop that read the data without training must not leave the mark behind.
+        self._on_batch(False)
 
     def __len__(self) -> int:
         """Number of batches."""

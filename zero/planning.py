@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from gemini.device import Device
-from gemini.dryrun import DryArena, DryDevice, fake_mode
+from gemini.dryrun import fake_mode
 from gemini.hostinfo import host_memory
 from gemini.plan import ChunkFacts, DoesNotFitError, Plan
 from gemini.policy import Policy, least_capacity_bytes
 from gemini.trace import Trace
-from zero.config.loading import load_config
 from zero.config.schema import Config
-from zero.engine import Engine
+from zero.dryrun import walk
 from zero.models.build import dress, model_config
 from zero.optimizers import build_optimizer
 from zero.setup import make_policy
@@ -70,8 +69,7 @@ def plan_run(config: Config, device: Device, tokenizer: Any = None) -> PlannedRu
         What was found; None where the model's forward depends on data (it branches on values), so that only the
         warm-up of the real run can tell.
     """
-    section = config.data.seq_length
-    batch_size = config.train.per_device_train_batch_size
+    shape = (config.train.per_device_train_batch_size, config.data.seq_length)
     transformers_config = model_config(config, tokenizer)
 
     def build() -> nn.Module:
@@ -81,7 +79,7 @@ def plan_run(config: Config, device: Device, tokenizer: Any = None) -> PlannedRu
         return dress(AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32, **options), config)
 
     try:
-        trace, facts, num_parameters = dry_trace(build, config, (batch_size, section))
+        trace, facts, num_parameters = dry_trace(build, config, shape)
     except Exception as error:  # any model code may fail on fake tensors, in any way
         logger.info(
             "this model cannot be walked through without data (%s); its warm-up will tell", type(error).__name__
@@ -103,24 +101,13 @@ def dry_trace(
     Returns:
         The trace of a pass with everything offloaded, the chunk facts, and the number of parameters.
     """
-    offloaded = load_config(config, {"memory": {"policy": "cpu", "pin": False, "host": "null"}})
-    if config.memory.policy == "static":
-        offloaded = load_config(
-            config,
-            {"memory": {"policy": "static", "resident_parameters": 0.0, "resident_optimizer": 0.0, "pin": False}},
-        )
     with fake_mode():
         model = build()
         model.train()
-        optimizer = build_optimizer(model, config)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        engine = Engine(model, optimizer, None, offloaded, DryDevice(), None, arena=DryArena)
         tokens = torch.ones(shape, dtype=torch.long)
-        loss = engine(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss
-        engine.backward(loss)
-    trace = engine.manager.trace
-    if trace is None:
-        raise RuntimeError("the dry run recorded nothing")
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+        trace, engine = walk(model, build_optimizer(model, config), config, (), batch)
     return trace, engine.facts, num_parameters
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gemini.chunk import ChunkTensor
-from gemini.segment import GRADIENT
+from zero.gradient import gradient_pieces
 
 
 @dataclass
@@ -81,15 +81,6 @@ class GradientStatistics:
     finite: bool
 
 
-def gradient_pieces(tensor: ChunkTensor) -> list[torch.Tensor]:
-    """1-D gradient buffers of one parameter, in order; two where a segment border runs through it."""
-    entry = tensor.entry
-    return [
-        segment.companions[GRADIENT][left - segment.start : right - segment.start]
-        for segment, left, right in tensor.chunk.pieces(entry.offset, entry.stop)
-    ]
-
-
 def gradient_statistics(tensors: Iterable[ChunkTensor], inverse_scale: float) -> GradientStatistics:
     """The norm as ``torch.nn.utils.clip_grad_norm_`` computes it: per parameter in fp32, then over the norms.
 
@@ -98,14 +89,13 @@ def gradient_statistics(tensors: Iterable[ChunkTensor], inverse_scale: float) ->
         inverse_scale: 1 / loss scale.
     """
     norms, finite = [], True
+    scratch: dict[torch.device, torch.Tensor] = {}
     for tensor in tensors:
         if not tensor.has_gradient:
             continue
         pieces = gradient_pieces(tensor)
         flat = pieces[0] if len(pieces) == 1 else torch.cat([piece.cpu() for piece in pieces])
-        gradient = flat.to(torch.float32)
-        if inverse_scale != 1.0:
-            gradient = gradient * inverse_scale
+        gradient = _unscaled(flat, inverse_scale, scratch)
         norm = torch.linalg.vector_norm(gradient)
         # A norm can overflow where no element did: only then look at the elements.
         finite = finite and bool(torch.isfinite(norm) or torch.isfinite(gradient).all())
@@ -113,6 +103,21 @@ def gradient_statistics(tensors: Iterable[ChunkTensor], inverse_scale: float) ->
     if not norms:
         return GradientStatistics(0.0, True)
     return GradientStatistics(float(torch.linalg.vector_norm(torch.stack(norms))), finite)
+
+
+def _unscaled(flat: torch.Tensor, inverse_scale: float, scratch: dict[torch.device, torch.Tensor]) -> torch.Tensor:
+    """A gradient in fp32, unscaled; in a buffer that the next one overwrites, unless it is that already.
+
+    One buffer for all: fresh temporaries would leave the C library's heap full of holes (see :mod:`gemini.heap`).
+    """
+    if flat.dtype == torch.float32 and inverse_scale == 1.0:
+        return flat
+    buffer = scratch.get(flat.device)
+    if buffer is None or buffer.numel() < flat.numel():
+        scratch.pop(flat.device, None)
+        buffer = scratch[flat.device] = torch.empty(flat.numel(), dtype=torch.float32, device=flat.device)
+    gradient = buffer[: flat.numel()].copy_(flat)
+    return gradient if inverse_scale == 1.0 else gradient.mul_(inverse_scale)
 
 
 def clip_coefficient(norm: float, max_norm: float | None) -> float:

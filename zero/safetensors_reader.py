@@ -118,7 +118,7 @@ class SafetensorsFile:
         """Reads elements from ``start`` on into a 1-D tensor of the stored dtype."""
         if not flat.numel():
             return
-        memory = memoryview(flat.view(torch.uint8).numpy())
+        memory = flat.view(torch.uint8).numpy().data
         at_byte, filled_bytes = stored.start_byte + start * stored.dtype.itemsize, 0
         while filled_bytes < len(memory):
             piece = memory[filled_bytes : filled_bytes + _READ_BYTES]

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from gemini.arena import HostArena
 from gemini.chunk import Chunk, ChunkTensor
 from gemini.device import AcceleratorDevice, Device, HostDevice
+from gemini.heap import give_back_free_memory
 from gemini.layout import ParameterSpec, UnitSpec, build_layout
 from gemini.manager import Manager
 from gemini.plan import ChunkFacts, chunk_facts
@@ -22,6 +23,7 @@ from gemini.transfer import Transfer
 from zero.config.schema import Config
 from zero.errors import UserError
 from zero.gradient import ManagedParameter, manage
+from zero.pending import read_parameter, release
 from zero.units import Unit, find_units
 
 logger = logging.getLogger("zero")
@@ -113,9 +115,18 @@ def take_over(
     store = Store(device, host)
     transfer = Transfer(device)
     chunks = [
-        Chunk(layout, [parameters[e.spec.name] for e in layout.entries], store, transfer, keep_master=layout.trainable)
+        Chunk(
+            layout,
+            [parameters[e.spec.name] for e in layout.entries],
+            store,
+            transfer,
+            keep_master=layout.trainable,
+            read=read_parameter,
+        )
         for layout in layouts
     ]
+    release(model)
+    give_back_free_memory()
     tensors = {id(t.parameter): t for chunk in chunks for t in chunk.tensors}
     for tensor in tensors.values():
         manage(tensor.parameter, tensor)  # type: ignore[arg-type]
@@ -130,8 +141,8 @@ def take_over(
 def _spec(name: str, parameter: nn.Parameter, dtype: torch.dtype, keep_fp32: bool) -> ParameterSpec:
     if parameter.layout is not torch.strided or parameter.is_quantized:
         raise UserError(f"parameter {name} has layout {parameter.layout}: only plain dense parameters can be managed")
-    if is_traceable_wrapper_subclass(parameter.data):  # DTensor, quantised tensors and the like
-        raise UserError(f"parameter {name} is a {type(parameter.data).__name__}: only plain tensors can be managed")
+    if is_traceable_wrapper_subclass(parameter):  # DTensor, quantised tensors and the like
+        raise UserError(f"parameter {name} is a {type(parameter).__name__}: only plain tensors can be managed")
     if parameter.is_complex():
         raise UserError(f"parameter {name} is complex: only real parameters can be managed")
     trainable = parameter.requires_grad

@@ -94,10 +94,14 @@ def _find(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if (folder / INDEX).exists():
         weight_map = _read_index(folder / INDEX)
         return [folder / name for name in sorted(set(weight_map.values()))], weight_map
-    others = sorted(path.name for pattern in _FOREIGN for path in folder.glob(pattern))
-    if others:
-        raise UserError(f"{folder} holds {', '.join(others[:3])} but no safetensors weights. {how_to_convert(folder)}")
+    if others := pickles_in(folder):
+        raise UserError(f"{folder} holds {', '.join(others)} but no safetensors weights. {how_to_convert(folder)}")
     raise UserError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there")
+
+
+def pickles_in(folder: Path) -> list[str]:
+    """Names of weight files in other formats than safetensors, at most three."""
+    return sorted(path.name for pattern in _FOREIGN for path in folder.glob(pattern))[:3]
 
 
 def how_to_convert(source: str | Path) -> str:

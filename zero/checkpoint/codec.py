@@ -50,7 +50,7 @@ def encode(value: Any, where: str) -> JSON:
         return float(value) if math.isfinite(value) else {"$float": str(float(value))}
     if type(value) is list:
         return [encode(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if type(value) is tuple:
+    if type(value) in (tuple, torch.Size):
         return {"$tuple": [encode(item, f"{where}[{index}]") for index, item in enumerate(value)]}
     if type(value) is Counter:
         return {"$counter": _pairs(value, where)}
@@ -138,9 +138,24 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+_compact = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(", ", ": ")).encode
+
+
 def dump(value: JSON) -> bytes:
-    """JSON text that the same value always gives, byte for byte."""
-    return (json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+    """JSON text that the same value always gives, byte for byte.
+
+    For people: a line for each key of a dictionary, and for each item of a list in it.
+    """
+    if not isinstance(value, dict):
+        return (_compact(value) + "\n").encode("ascii")
+    lines = [f"{_compact(key)}: {_lines(item)}" for key, item in value.items()]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("ascii")
+
+
+def _lines(value: JSON) -> str:
+    if not isinstance(value, list | tuple) or not value:
+        return _compact(value)
+    return "[\n " + ",\n ".join(map(_compact, value)) + "\n]"
 
 
 def parse(data: bytes) -> JSON:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import uuid
@@ -87,7 +88,7 @@ def _not_stored(saved: Saved, path: Path) -> list[str]:
 
 
 def _write(checkpoint: Path, manifest: Manifest, saved: Saved, target: Path, dtype: torch.dtype | None) -> None:
-    temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
+    temporary = target.parent / f".export-{uuid.uuid4().hex}"
     make_directories(target.parent)
     active().make_directory(temporary)
     try:
@@ -104,8 +105,9 @@ def _write(checkpoint: Path, manifest: Manifest, saved: Saved, target: Path, dty
             active().remove_directory(target)
         active().rename(temporary, target)
         active().sync_directory(target.parent)
-    except (OSError, DamagedError):
-        remove_tree(temporary)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove_tree(temporary)
         raise
 
 

@@ -20,11 +20,14 @@ from zero.checkpoint.tensorfile import Incoming, read_header
 logger = logging.getLogger("zero")
 
 STATE = "state.json"
+RUN_FOLDER = "checkpoints"
+"""Folder of a run that holds its checkpoints."""
 _STEP = re.compile(r"step-(\d{8,18})")
 # A checkpoint of a step that is being written once more is moved aside under such a name for an instant.
 _ASIDE = re.compile(r"\.old-(step-\d{8,18})-[0-9a-f]{32}")
 _LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{32}")
 _MOST_THREADS = 4
+_BYTES_WORTH_THREADS = 64 << 20
 
 
 def step_name(step: int) -> str:
@@ -105,15 +108,25 @@ def verify(checkpoint: Path) -> list[str]:
     except DamagedError as error:
         return [str(error)]
     problems = _check_name(checkpoint, manifest)
-    with ThreadPoolExecutor(_MOST_THREADS) as pool:  # hashing lets other threads run
-        results = list(pool.map(lambda record: _problem(lambda: _check_file(checkpoint, record)), manifest.files))
-    problems += [problem for problem in results if problem is not None]
+    problems += _file_problems(checkpoint, manifest)
     if problems:
         return problems
     for what in (lambda: _check_tensors(checkpoint, manifest), lambda: _check_needed(checkpoint, manifest)):
         problem = _problem(what)
         problems += [problem] if problem is not None else []
     return problems
+
+
+def _file_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
+    def check(record: FileRecord) -> str | None:
+        return _problem(lambda: _check_file(checkpoint, record))
+
+    if manifest.total_bytes < _BYTES_WORTH_THREADS:
+        results = [check(record) for record in manifest.files]
+    else:
+        with ThreadPoolExecutor(_MOST_THREADS) as pool:  # hashing lets other threads run
+            results = list(pool.map(check, manifest.files))
+    return [problem for problem in results if problem is not None]
 
 
 def _problem(check: Callable[[], None]) -> str | None:
@@ -244,7 +257,7 @@ def choose(directory: Path) -> Choice:
     """The checkpoint that a user means by a path.
 
     Args:
-        directory: a checkpoint, or a folder that holds some: the newest good one of them.
+        directory: a checkpoint, a folder that holds some (the newest good one of them), or a run's folder.
 
     Raises:
         CheckpointError: there is none, or the one named is damaged.
@@ -261,6 +274,8 @@ def choose(directory: Path) -> Choice:
                 f"give {directory.parent} to take the newest good one there"
             )
         return Choice(directory)
+    if not list_candidates(directory) and (directory / RUN_FOLDER).is_dir():
+        directory = directory / RUN_FOLDER
     path, warnings = newest_good(directory)
     for warning in warnings:
         logger.warning("%s", warning)

@@ -48,8 +48,9 @@ def restore_groups(groups: list[Group], saved: list[Group], obey_config: bool) -
                 used = (
                     "this run's is used" if obey_config else "the checkpoint's is used (obey_config=True: this run's)"
                 )
+                name = "lr" if key == "initial_lr" else key
                 notes.append(
-                    f"optimizer group {position}: {key} is {_show(value)} in the checkpoint and {_show(mine[key])} in "
+                    f"optimizer group {position}: {name} is {_show(value)} in the checkpoint and {_show(mine[key])} in "
                     f"this run; {used}"
                 )
             if moved and obey_config:

@@ -76,9 +76,9 @@ def load_checkpoint(
         raise CheckpointError(f"checkpoint {choice.path} does not belong to this run:\n{lines}")
     try:
         notes = _restore(engine, choice.path, manifest, saved, own, lr_scheduler, obey_config)
-    except (DamagedError, OSError) as error:
+    except (DamagedError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {choice.path} could not be loaded: {error}. The engine holds a part of it: make a new one"
+            f"checkpoint {choice.path} could not be loaded: {error!r}. The engine holds a part of it: make a new one"
         ) from error
     if lr_scheduler is None and saved.scheduler_class is not None:
         notes.append(f"the checkpoint holds the state of a {saved.scheduler_class}, but no lr_scheduler was given")

@@ -108,7 +108,8 @@ def contradictions(manifest: Manifest, saved: Saved) -> list[str]:
     shapes: dict[tuple[str, str], tuple[int, ...]] = {}
     for record in saved.parameters.values():
         roles = [PARAMETER] if record.stored else []
-        roles += [GRADIENT, *(OPTIMIZER + key for key in (saved.optimizer.keys if saved.optimizer else ()))]
+        if record.trainable:
+            roles += [GRADIENT, *(OPTIMIZER + key for key in (saved.optimizer.keys if saved.optimizer else ()))]
         shapes.update({(role, record.name): record.shape for role in roles})
     shapes.update({(BUFFER, record.name): record.shape for record in saved.buffers.values()})
     tensors = manifest.by_tensor()
@@ -122,6 +123,11 @@ def contradictions(manifest: Manifest, saved: Saved) -> list[str]:
     if manifest.step != saved.counters["num_steps"]:
         lines.append(f"step {manifest.step} in the manifest, {saved.counters['num_steps']} in the state")
     lines += _bad_records(saved)
+    if saved.optimizer is not None:
+        trained = {name for name, record in saved.parameters.items() if record.trainable}
+        lines += [
+            f"optimizer state of {name}, which is not trained" for name in saved.optimizer.scalars.keys() - trained
+        ]
     return lines
 
 

@@ -5,6 +5,7 @@ Whatever stops it at whatever moment, every checkpoint that stood before stands 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import uuid
@@ -180,6 +181,7 @@ def _manifest(job: _Job, directory: Path, records: list[FileRecord], slices: lis
     )
 
 
+@functools.cache
 def _software() -> dict[str, str]:
     versions = {"torch": str(torch.__version__)}
     for name in ("gemini-zero", "transformers"):
@@ -200,7 +202,7 @@ def _publish(directory: Path, temporary: Path, name: str) -> Path:
     files.rename(temporary, target)
     files.sync_directory(directory)
     if replaces:
-        _retire(aside)
+        _retire_if_possible(aside)
     return target
 
 
@@ -231,6 +233,14 @@ def _retire(path: Path) -> None:
     remove_tree(grave)
 
 
+def _retire_if_possible(path: Path) -> None:
+    """The new checkpoint stands already: an old one that stays is no reason to stop."""
+    try:
+        _retire(path)
+    except OSError as error:
+        logger.warning("the old checkpoint %s could not be removed: %s", path, error)
+
+
 def _discard(temporary: Path) -> None:
     """Removes an unfinished save as far as that goes; the next save removes the rest."""
     try:
@@ -250,7 +260,4 @@ def _prune(directory: Path, newest: Path, run_id: str, limit: int) -> None:
     mine = [c.path for c in list_candidates(directory) if c.manifest is not None and c.manifest.run_id == run_id]
     others = [path for path in mine if path != newest]
     for path in others[limit - 1 :]:
-        try:
-            _retire(path)
-        except OSError as error:
-            logger.warning("the old checkpoint %s could not be removed: %s", path, error)
+        _retire_if_possible(path)

@@ -92,7 +92,9 @@ def dress(model: Any, config: Config) -> nn.Module:
     """Adds adapters and turns activation checkpointing on."""
     kind = config.train.checkpointing
     if kind != "off":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
+        # transformers 5.23 renamed it and warns about the old name, which is all that 5.0 has.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": kind == "reentrant"})
         model.config.use_cache = False
     if config.model.lora is not None:
         if kind != "off":

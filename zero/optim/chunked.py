@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from gemini.chunk import ChunkTensor
 from gemini.manager import Manager
@@ -51,7 +52,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._forward_verbs(optimizer)
 
     def _forward_verbs(self, optimizer: torch.optim.Optimizer) -> None:
-        """The user's own optimizer object steps and clears through this one."""
+        """The user's own optimizer object does through this one what concerns parameters and states."""
 
         def step(_: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
             return self.step(closure)
@@ -59,10 +60,39 @@ class ZeroOptimizer(torch.optim.Optimizer):
         def zero_grad(_: torch.optim.Optimizer, set_to_none: bool = True) -> None:
             self.zero_grad(set_to_none)
 
+        def state_dict(_: torch.optim.Optimizer) -> dict[str, Any]:
+            return self.state_dict()
+
+        def load_state_dict(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            self.load_state_dict(state_dict)
+
+        def add_param_group(_: torch.optim.Optimizer, param_group: dict[str, Any]) -> None:
+            self.add_param_group(param_group)
+
         # A scheduler built before marks the step it has wrapped, and warns when the mark is gone.
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
-        optimizer.zero_grad = types.MethodType(zero_grad, optimizer)  # type: ignore[method-assign]
+        verbs = (step, zero_grad, state_dict, load_state_dict, add_param_group)
+        self._replaced = {f.__name__: optimizer.__dict__.get(f.__name__) for f in verbs}
+        for function in verbs:
+            optimizer.__dict__[function.__name__] = types.MethodType(function, optimizer)
+
+    def release(self) -> None:
+        """The user's own optimizer object is an ordinary one again, but for its states: :meth:`hand_back`."""
+        for name, before in self._replaced.items():
+            self._original.__dict__.pop(name, None)
+            if before is not None:
+                self._original.__dict__[name] = before
+
+    def hand_back(self, tensors: Iterable[ChunkTensor]) -> None:
+        """Copies states to the user's own optimizer, in the dtype of the parameter as ``load_state_dict`` has it."""
+        for tensor in tensors:
+            state = self._state_of(tensor)
+            dtype = tensor.entry.spec.dtype
+            if state:
+                self._original.state[tensor.parameter] = {
+                    key: value.to(dtype) if isinstance(value, torch.Tensor) and value.dim() > 0 else value
+                    for key, value in state.items()
+                }
 
     def mark_stepped(self) -> None:
         """Tells schedulers on either object that the optimizer has stepped, whoever called for it."""
@@ -86,6 +116,24 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Forgets gradients, at the border of an accumulation window."""
         del set_to_none
         self._on_zero_grad()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Begins to train more of the model's parameters.
+
+        Raises:
+            UserError: one of them is not the model's, or was frozen when the engine was made.
+        """
+        parameters = param_group["params"]
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        for parameter in parameters:
+            tensor = self._tensors.get(id(parameter[1] if isinstance(parameter, tuple) else parameter))
+            if tensor is None or not tensor.chunk.layout.trainable:
+                raise UserError(
+                    "add_param_group: a parameter is not the model's, or did not require gradients when "
+                    "zero.initialize() took it over; close() the engine and initialize again"
+                )
+        super().add_param_group({**param_group, "params": parameters})
+        self.updater.add_groups(map_groups(self.param_groups[-1:], self._tensors))
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -140,10 +188,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
             mine.update({key: value for key, value in theirs.items() if key != "params"})
             for parameter, number in zip(mine["params"], theirs["params"], strict=True):
                 tensor = self._tensors.get(id(parameter))
-                if tensor is not None and number in state_dict["state"]:
-                    self._write_state(tensor, state_dict["state"][number])
+                if tensor is not None:
+                    self._write_state(tensor, state_dict["state"].get(number))
 
-    def _write_state(self, tensor: ChunkTensor, state: dict[str, Any]) -> None:
+    def _write_state(self, tensor: ChunkTensor, state: dict[str, Any] | None) -> None:
+        if not state:
+            self.updater.forget(tensor)
+            return
         scalars: dict[str, Any] = {}
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim() > 0:
@@ -165,24 +216,32 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return f"ZeroOptimizer({len(self.param_groups)} groups, {len(self._trained())} parameters)"
 
 
-def map_groups(
-    optimizer: torch.optim.Optimizer, tensors: dict[int, ChunkTensor], names: dict[int, str]
-) -> dict[ChunkTensor, dict[str, Any]]:
-    """The parameter group of each trainable chunk tensor.
-
-    Raises:
-        UserError: the optimizer is not elementwise, or holds parameters that are not the model's.
-    """
+def require_ours(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raises UserError unless the optimizer can be run over chunks of this model; nothing is touched."""
     require_elementwise(optimizer)
-    groups: dict[ChunkTensor, dict[str, Any]] = {}
+    known = {id(parameter) for parameter in model.parameters()}
+    seen: set[int] = set()
     for position, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            tensor = tensors.get(id(parameter))
-            if tensor is None and id(parameter) not in names:
+            if id(parameter) not in known:
                 raise UserError(
                     f"optimizer: group {position} holds a parameter of shape {tuple(parameter.shape)} that is not one "
                     "of the model's; build the optimizer over model.parameters() of the model given to initialize()"
                 )
+            if id(parameter) in seen:
+                raise UserError(
+                    f"optimizer: group {position} holds a parameter of shape {tuple(parameter.shape)} twice, or in two "
+                    "groups; give each parameter once"
+                )
+            seen.add(id(parameter))
+
+
+def map_groups(groups: list[dict[str, Any]], tensors: dict[int, ChunkTensor]) -> dict[ChunkTensor, dict[str, Any]]:
+    """The parameter group of each trainable chunk tensor. Parameters without elements have none."""
+    mapped: dict[ChunkTensor, dict[str, Any]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            tensor = tensors.get(id(parameter))
             if tensor is not None and tensor.chunk.layout.trainable:
-                groups[tensor] = group
-    return groups
+                mapped[tensor] = group
+    return mapped

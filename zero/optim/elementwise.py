@@ -6,7 +6,9 @@ of whole parameters would compute something else. Such optimizers are refused wi
 
 from __future__ import annotations
 
-from collections import defaultdict
+import copy
+from collections import OrderedDict, defaultdict
+from typing import Any
 
 import torch
 
@@ -18,70 +20,95 @@ _REASONS = {
     "Muon": "orthogonalises whole matrices",
     "SparseAdam": "works on sparse gradients",
 }
-_KNOWN = frozenset(
-    ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop")
-)
+_KNOWN = {"AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop"}
+_ADVICE = f"chunks hold flat pieces of parameters. Use one of {', '.join(sorted(_KNOWN))}"
 
 
 def require_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Raises UserError unless the optimizer treats each element alone.
 
-    torch's own are known; any other class is tried on a small matrix, whole and in two halves.
+    torch's own are known; any other class is tried on a small matrix, whole and in two parts.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimizer: {type(optimizer).__name__} is not a torch.optim.Optimizer")
     name = type(optimizer).__name__
     for kind in type(optimizer).__mro__:
         if kind.__name__ in _REASONS and kind.__module__.startswith("torch"):
-            raise UserError(
-                f"optimizer: {name} is not elementwise: it {_REASONS[kind.__name__]}; chunks hold flat pieces of "
-                f"parameters. Use one of {', '.join(sorted(_KNOWN))}"
-            )
+            raise UserError(f"optimizer: {name} is not elementwise: it {_REASONS[kind.__name__]}; {_ADVICE}")
     if type(optimizer).__module__.startswith("torch.optim") and name in _KNOWN:
         return
-    if not _same_in_halves(optimizer):
-        raise UserError(
-            f"optimizer: {name} gives another result on two halves of a matrix than on the whole, so it is not "
-            f"elementwise and cannot run on chunks. Use one of {', '.join(sorted(_KNOWN))}"
-        )
+    reason = _why_not(optimizer)
+    if reason is not None:
+        raise UserError(f"optimizer: {name} is not elementwise: it {reason}; {_ADVICE}")
+
+
+def _why_not(optimizer: torch.optim.Optimizer) -> str | None:
+    """What an unknown optimizer does that cannot be done piece by piece; None if nothing was found."""
+    if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
+        return "wraps another optimizer (give initialize() the one inside)"
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 6, generator=generator)
+    gradients = [torch.randn(4, 6, generator=generator) for _ in range(3)]
+    try:
+        whole = _trial(optimizer, values, gradients)
+        parts = [
+            _trial(optimizer, values.reshape(-1)[part], [gradient.reshape(-1)[part] for gradient in gradients])
+            for part in (slice(0, 10), slice(10, 24))
+        ]
+    except _KeepsCountError as error:
+        return str(error)
+    except Exception as error:  # a user's class may fail in any way
+        return f"cannot make a step on a plain tensor without a closure ({type(error).__name__}: {error})"
+    if not torch.equal(whole.reshape(-1), torch.cat(parts)):
+        return "gives another result on two parts of a matrix than on the whole"
+    return None
+
+
+class _KeepsCountError(Exception):
+    """The optimizer keeps something of its own from step to step, outside its states."""
+
+
+def _trial(optimizer: torch.optim.Optimizer, value: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Steps of a shadow over one tensor."""
+    shadow = shadow_of(optimizer)
+    parameter = value.clone()
+    group = {key: entry for key, entry in optimizer.param_groups[0].items() if key != "params"}
+    for gradient in gradients:
+        shadow.param_groups = [{**group, "params": [parameter]}]
+        parameter.grad = gradient.clone()
+        before = _numbers(shadow.__dict__), _numbers(group)
+        run(shadow)
+        after = _numbers(shadow.__dict__), _numbers(shadow.param_groups[0])
+        if before != after:
+            raise _KeepsCountError("counts steps in itself or in its groups, and every piece would count again")
+    return parameter
+
+
+def _numbers(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Plain numbers of an object; what torch itself notes there is not the optimizer's."""
+    kept = {
+        k: v for k, v in attributes.items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_warned")
+    }
+    kept.pop("_opt_called", None)
+    return kept
 
 
 def shadow_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """An optimizer of the same class and settings with no parameters and no state of its own."""
+    """An optimizer of the same class and settings with no parameters, states or hooks of its own."""
     shadow: torch.optim.Optimizer = object.__new__(type(optimizer))
-    shadow.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key != "step"})
+    methods = ("step", "zero_grad", "state_dict", "load_state_dict", "add_param_group")  # patched for the user's object
+    shadow.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key not in methods})
+    shadow._optimizer_step_pre_hooks = OrderedDict()
+    shadow._optimizer_step_post_hooks = OrderedDict()
     shadow.param_groups = []
     shadow.state = defaultdict(dict)
     return shadow
 
 
 def run(shadow: torch.optim.Optimizer) -> None:
-    """One step of the class's own arithmetic."""
-    type(shadow).step(shadow)  # type: ignore[call-arg]
-
-
-def _same_in_halves(optimizer: torch.optim.Optimizer) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(4, 6, generator=generator)
-    gradients = [torch.randn(4, 6, generator=generator) for _ in range(3)]
-    whole = _trial(optimizer, [values], [[g] for g in gradients])[0]
-    flat = _trial(optimizer, [values.reshape(-1)[:10], values.reshape(-1)[10:]],
-                  [[g.reshape(-1)[:10], g.reshape(-1)[10:]] for g in gradients])  # fmt: skip
-    return torch.equal(whole.reshape(-1), torch.cat(flat))
-
-
-def _trial(
-    optimizer: torch.optim.Optimizer, values: list[torch.Tensor], gradients: list[list[torch.Tensor]]
-) -> list[torch.Tensor]:
-    shadow = shadow_of(optimizer)
-    parameters = [value.clone() for value in values]
-    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    shadow.param_groups = [{**group, "params": parameters}]
-    for step in gradients:
-        for parameter, gradient in zip(parameters, step, strict=True):
-            parameter.grad = gradient.clone()
-        run(shadow)
-    return parameters
+    """One step of the class's own arithmetic, without the hooks and the profiling that torch puts around it."""
+    step: Any = type(shadow).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(shadow)
 
 
 def state_bytes_per_numel(optimizer: torch.optim.Optimizer) -> int:
@@ -93,7 +120,8 @@ def state_bytes_per_numel(optimizer: torch.optim.Optimizer) -> int:
     example = next((state for state in optimizer.state.values() if state), None)
     if example is not None:  # constructors may fill states (Adagrad): mimic them
         shadow.state[parameter] = {
-            key: torch.zeros(4, dtype=value.dtype) if _elementwise(value) else value for key, value in example.items()
+            key: torch.zeros(4, dtype=value.dtype) if _elementwise(value) else copy.deepcopy(value)
+            for key, value in example.items()
         }
     parameter.grad = torch.ones(4)
     run(shadow)

@@ -61,6 +61,17 @@ class ChunkUpdater:
         self.scalars: dict[ChunkTensor, dict[str, Any]] = {}
         self.keys: dict[str, torch.dtype] = {}
 
+    def add_groups(self, group_of: dict[ChunkTensor, Group]) -> None:
+        """From now on these tensors are updated, too."""
+        self._groups.update(group_of)
+
+    def forget(self, tensor: ChunkTensor) -> None:
+        """The tensor has no states any more: its next update is its first."""
+        self.scalars.pop(tensor, None)
+        for segment, left, right in tensor.chunk.pieces(tensor.entry.offset, tensor.entry.stop):
+            for key in self.keys.keys() & segment.companions.keys():
+                segment.companions[key][left - segment.start : right - segment.start].zero_()
+
     def update(self, chunk: Chunk, factor: float) -> None:
         """One optimizer step on every parameter of the chunk that has a gradient.
 
@@ -68,7 +79,7 @@ class ChunkUpdater:
             chunk: trainable, with no gathered copy on the device.
             factor: gradients are multiplied by it first (1 / loss scale x clip coefficient).
         """
-        if not any(tensor.has_gradient for tensor in chunk.tensors):
+        if not any(tensor.has_gradient and tensor in self._groups for tensor in chunk.tensors):
             return
         before = {tensor: self.scalars.get(tensor) for tensor in chunk.tensors}
         for segment in chunk.segments:
@@ -182,12 +193,11 @@ class ChunkUpdater:
 
     # -- common ------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _pieces(chunk: Chunk, segment: Segment) -> Iterator[Piece]:
+    def _pieces(self, chunk: Chunk, segment: Segment) -> Iterator[Piece]:
         for tensor in chunk.tensors:
             left = max(tensor.entry.offset, segment.start)
             right = min(tensor.entry.stop, segment.stop)
-            if tensor.has_gradient and left < right:
+            if tensor.has_gradient and tensor in self._groups and left < right:
                 yield Piece(tensor, left - segment.start, right - segment.start)
 
     def _batches(self, chunk: Chunk, segment: Segment) -> Iterator[list[Piece]]:

@@ -1,0 +1,136 @@
+"""Runs one case of ``test_host_memory`` in a process of its own, whose peak resident memory then says something.
+
+    python -m tests.host_memory_case train            two steps of a model with random weights
+    python -m tests.host_memory_case save FOLDER      writes that model's weights in bf16
+    python -m tests.host_memory_case load FOLDER      streams it into an engine
+    python -m tests.host_memory_case read FOLDER      reads its file into memory, to compare the time
+
+Each prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import OPTConfig, OPTForCausalLM
+
+import zero
+import zero.initializer  # everything is imported before memory is measured
+from gemini.hostinfo import peak_rss_bytes, process_rss_bytes
+from zero.optim.native import load_native
+
+import os
+DEVICE_BYTES = int(os.environ.get("DEV", 1536)) << 20
+
+
+def opt_350m() -> OPTConfig:
+    """The shapes of facebook/opt-350m: post-norm, embeddings of 512 projected to 1024, tied."""
+    return OPTConfig(
+        vocab_size=50272,
+        hidden_size=1024,
+        ffn_dim=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        max_position_embeddings=2048,
+        word_embed_proj_dim=512,
+        do_layer_norm_before=False,
+        dtype="bfloat16",
+    )
+
+
+def engine_config() -> dict[str, Any]:
+    return {
+        "device": {"type": "simulated", "memory": DEVICE_BYTES},
+        "memory": {"policy": "cpu"},
+        "precision": {"dtype": "bf16"},
+        "train": {"max_grad_norm": 1.0},
+    }
+
+
+def warm_up() -> int:
+    """Resident bytes of the process with everything imported and every library started."""
+    torch.set_num_threads(2)
+    load_native()
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    return process_rss_bytes()
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def train() -> dict[str, Any]:
+    baseline_bytes = warm_up()
+    torch.manual_seed(0)
+    model = OPTForCausalLM(opt_350m())
+    total = num_parameters(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    built_bytes = peak_rss_bytes()
+    engine, *_ = zero.initialize(model, optimizer, config=engine_config())
+    taken_bytes = process_rss_bytes()
+    ids = torch.randint(4, 50000, (1, 16))
+    losses = []
+    for _ in range(2):
+        engine.zero_grad()
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    engine.check_integrity()
+    return {
+        "num_parameters": total,
+        "baseline_bytes": baseline_bytes,
+        "built_peak_bytes": built_bytes,
+        "after_initialize_bytes": taken_bytes,
+        "now_bytes": process_rss_bytes(),
+        "peak_bytes": peak_rss_bytes(),
+        "host_bytes": engine.memory_report().host_bytes,
+        "device_peak_bytes": engine.memory_report().device_peak_bytes,
+        "losses": losses,
+    }
+
+
+def save(folder: Path) -> dict[str, Any]:
+    torch.manual_seed(0)
+    OPTForCausalLM(opt_350m()).to(torch.bfloat16).save_pretrained(folder)
+    return {"file_bytes": (folder / "model.safetensors").stat().st_size}
+
+
+def load(folder: Path) -> dict[str, Any]:
+    baseline_bytes = warm_up()
+    started_s = time.perf_counter()
+    with zero.ZeroInitContext():
+        model = OPTForCausalLM.from_pretrained(folder)
+    built_s = time.perf_counter()
+    engine, *_ = zero.initialize(model, config=engine_config())
+    ended_s = time.perf_counter()
+    return {
+        "num_parameters": num_parameters(model),
+        "largest_bytes": 2 * max(p.numel() for p in model.parameters()),
+        "baseline_bytes": baseline_bytes,
+        "peak_bytes": peak_rss_bytes(),
+        "host_bytes": engine.memory_report().host_bytes,
+        "from_pretrained_s": built_s - started_s,
+        "initialize_s": ended_s - built_s,
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    path = folder / "model.safetensors"
+    started_s = time.perf_counter()
+    target = torch.empty(path.stat().st_size, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as file:
+        file.readinto(target.numpy().data)
+    return {"read_s": time.perf_counter() - started_s, "file_bytes": target.numel()}
+
+
+if __name__ == "__main__":
+    transformers.logging.disable_progress_bar()
+    case = {"train": train, "save": save, "load": load, "read": read}[sys.argv[1]]
+    sys.stdout.write(json.dumps(case(*map(Path, sys.argv[2:]))) + "\n")

@@ -1,0 +1,144 @@
+"""The arguments of every command, and what ``--help`` says about them."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from zero.cli import commands
+from zero.cli.words import CommandParser, keys_aside, script_aside
+
+if TYPE_CHECKING:
+    Verbs = argparse._SubParsersAction[CommandParser]
+
+_FIRST_STEPS = """\
+first steps:
+  zero train configs/quickstart.toml                  no network, no GPU: about two minutes
+  zero generate runs/quickstart/model --prompt "The"  what came of it
+  zero plan configs/opt-6.7b.toml                     does it fit, and where does every byte go?
+  zero train configs/opt-6.7b.toml --device.memory 6GiB --train.max_steps 100
+
+Any key of a config can be given as --section.key value; `zero validate --keys` lists them all.
+`zero COMMAND --help` tells more about a command.
+Exit codes: 0 done, 1 the run failed, 2 something given is wrong (and nothing was written)."""
+
+_KEYS = """\
+Any key of the config can be given as --section.key value and goes before the file, for example
+  --train.max_steps 100  --optimizer.lr 1e-5  --device.memory 6GiB  --memory.policy cpu  --train.output_dir runs/mine
+`zero validate --keys` lists all keys with their meaning and default; `zero validate CONFIG` shows a config resolved."""
+
+_USAGE = {"train": " [--nprocs N]", "plan": "", "validate": " [--keys]"}
+
+_DESCRIPTIONS = {
+    "train": """\
+Fine-tunes the model of [model] on the text of [data]. Everything that can be refused (config, data, a model that does
+not fit) is refused before the run folder is made. Results go to train.output_dir, by default runs/ and the name of the
+config: the resolved config, metrics, a picture of the memory, checkpoints, and a Hugging Face folder model/.""",
+    "plan": """\
+Walks one micro-batch through the model on tensors without memory, and says what the run will need on the device and on
+the host. Needs no accelerator; on a machine without one, say which card is meant: --device.memory 24GiB.
+Exit code 0: it fits; 2: it does not, with the table of who needs what and the smallest change that would fit.""",
+    "validate": """\
+Checks a config and prints it with every default filled in. All problems are listed at once.""",
+}
+
+
+def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """All commands and their arguments, and the commands' names."""
+    parser = CommandParser(
+        prog="zero",
+        description="Fine-tune causal language models bigger than the GPU, with the numerics of plain PyTorch.",
+        epilog=_FIRST_STEPS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    verbs = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", title="commands", parser_class=CommandParser
+    )
+    _add_config_verbs(verbs)
+    _add_run(verbs)
+    _add_generate(verbs)
+    _add_export(verbs)
+    env = verbs.add_parser("env", help="say what this machine and installation offer, for a bug report")
+    env.add_argument("--json", action="store_true", help="as JSON")
+    env.set_defaults(run=commands.env)
+    return parser, list(verbs.choices)
+
+
+def _add_config_verbs(verbs: Verbs) -> None:
+    for name, function, text in (
+        ("train", commands.train, "fine-tune what a config describes"),
+        ("plan", commands.plan, "say whether it fits and where every byte goes, without loading the model"),
+        ("validate", commands.validate, "check a config and show it resolved"),
+    ):
+        verb = verbs.add_parser(
+            name,
+            help=text,
+            usage=f"zero {name} CONFIG{_USAGE[name]} [--section.key value ...]",
+            description=_DESCRIPTIONS[name],
+            epilog=_KEYS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            splitter=keys_aside,
+        )
+        verb.add_argument("config", nargs="?", metavar="CONFIG", help="a .toml, .yaml, .json or .py file")
+        if name == "train":
+            _add_nprocs(verb)
+        if name == "validate":
+            verb.add_argument("--keys", action="store_true", help="list every key with its meaning and default")
+        verb.set_defaults(run=function)
+
+
+def _add_nprocs(verb: argparse.ArgumentParser) -> None:
+    # -nprocs is what the README of the system re-created here promised.
+    verb.add_argument("--nprocs", "-nprocs", type=int, default=1, metavar="N", help="processes (this version: 1)")
+
+
+def _add_run(verbs: Verbs) -> None:
+    run = verbs.add_parser(
+        "run",
+        help="run your own training script with a config",
+        usage="zero run SCRIPT [--nprocs N] [--config CONFIG] [arguments of the script ...]",
+        description="Runs a Python file whose zero.initialize() reads CONFIG where it is given no config of its own.",
+        splitter=script_aside,
+    )
+    run.add_argument("script", metavar="SCRIPT", help="a Python file that calls zero.initialize()")
+    run.add_argument("--config", metavar="CONFIG", help="what zero.initialize() reads where it is given no config")
+    _add_nprocs(run)
+    run.set_defaults(run=commands.run_script)
+
+
+def _add_generate(verbs: Verbs) -> None:
+    generate = verbs.add_parser(
+        "generate",
+        help="continue a prompt with a trained model, under a memory cap",
+        description="Continues a prompt. A model larger than the device is fetched in chunks (--device.memory 2GiB).",
+        splitter=keys_aside,
+    )
+    generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder or name, such as runs/quickstart/model")
+    generate.add_argument("--prompt", default="The", metavar="TEXT", help="text to continue (default: The)")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="most tokens to add (64)")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
+    generate.add_argument(
+        "--top-k", type=int, default=0, metavar="N", help="draw from the N likeliest tokens; 0: all (0)"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from this share of probability (1)"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (0)")
+    generate.set_defaults(run=commands.generate)
+
+
+def _add_export(verbs: Verbs) -> None:
+    export = verbs.add_parser("export", help="make a Hugging Face folder of a checkpoint, without a GPU")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-* folder, or a folder that holds them")
+    export.add_argument("folder", metavar="DIR", help="where to write; must not exist or be empty")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: as trained")
+    export.set_defaults(run=commands.export)
+
+
+def _version() -> str:
+    try:
+        return f"gemini-zero {version('gemini-zero')}"
+    except PackageNotFoundError:
+        return "gemini-zero, not installed (running from its source folder)"

@@ -1,0 +1,88 @@
+"""A model walked through on fake tensors: what a pass would need, without the memory for it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from gemini.dryrun import DryArena, DryDevice, fake_copy, fake_mode
+from gemini.trace import Trace
+from zero.config.loading import load_config
+from zero.config.schema import Config
+
+if TYPE_CHECKING:
+    from zero.engine import Engine
+
+logger = logging.getLogger("zero")
+
+
+def walk(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, config: Config, args: Any, kwargs: Any
+) -> tuple[Trace, Engine]:
+    """Forward and backward of one micro-batch, everything offloaded. Call it inside the fake mode.
+
+    Args:
+        model: with fake parameters; it is taken over.
+        optimizer: over them, for the bytes of its states.
+        config: of the run; its policy does not matter here.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+
+    Returns:
+        The trace, and the engine that made it.
+
+    Raises:
+        Exception: whatever the model raises where its forward depends on values.
+    """
+    from zero.engine import Engine
+
+    memory: dict[str, Any] = {"policy": "cpu", "pin": False, "host": "null"}
+    if config.memory.policy == "static":  # its fractions belong to no other policy
+        memory |= {"policy": "static", "resident_parameters": 0.0, "resident_optimizer": 0.0}
+    offloaded = load_config(config, {"memory": memory})
+    engine = Engine(model, optimizer, None, offloaded, DryDevice(), None, arena=DryArena)
+    engine.backward(_some_loss(engine(*args, **kwargs)))  # nothing but the loss outlives the forward, as in a loop
+    if engine.manager.trace is None:
+        raise RuntimeError("the dry run recorded nothing")
+    return engine.manager.trace, engine
+
+
+def _some_loss(output: Any) -> torch.Tensor:
+    """The model's loss, or for a model without one a scalar of all that it returned."""
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+    return torch.stack([leaf.float().sum() for leaf in leaves]).sum()
+
+
+class Blueprint:
+    """A fake copy of a model, kept to answer one question: what would this batch have needed?
+
+    It takes no memory to speak of. A model that cannot be copied has no answer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._mode = fake_mode()
+        self._model: nn.Module | None = None
+        try:
+            self._model = fake_copy(model, self._mode)
+        except Exception as error:  # a model may hold anything; without a copy the question stays open
+            logger.debug("no blueprint of this model: %s", error)
+
+    def trace(self, config: Config, args: Any, kwargs: Any) -> Trace | None:
+        """The trace of a training pass over a batch of these shapes; None where it cannot be told."""
+        model, self._model = self._model, None  # the walk takes the copy over, so it serves once
+        if model is None:
+            return None
+        fake = pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, (args, kwargs))
+        try:
+            with self._mode:
+                return walk(model, None, config, *fake)[0]
+        except Exception as error:  # the forward depends on values
+            logger.debug("the blueprint cannot be walked through: %s", error)
+            return None
