@@ -41,7 +41,7 @@ def give_back_free_memory() -> None:
 
 @contextlib.contextmanager
 def own_mapping(num_bytes: int) -> Iterator[None]:
-    """Inside, a block of ``num_bytes``, if that is 1 MiB or more, gets a mapping of its own, which goes when it is freed.
+    """Inside, a block of ``num_bytes`` from 1 MiB on gets a mapping of its own, which goes when it is freed.
 
     Not for computation: a fresh mapping costs a page fault for every 4 KiB.
     """

@@ -190,8 +190,8 @@ class Manager:
                 tensor.chunk.let_go(tensor, move)
             else:
                 self._scopes[-1].held[tensor] = None
-        if self._eager and not self._scopes:
-            self._release_all()
+        if not self._scopes:
+            self._give_way()
 
     def _end_all_scopes(self) -> None:
         for scope in self._scopes:
@@ -284,8 +284,7 @@ class Manager:
             return
         self._end_holds(holds.soft)
         self._end_holds(holds.hard)
-        if self._eager:
-            self._release_all()
+        self._give_way()
 
     def _hold_in_backward(self, tensor: ChunkTensor, unit: str, hard: bool) -> None:
         holds = self._units.setdefault(unit, UnitBackward())
@@ -340,12 +339,10 @@ class Manager:
         self.counters.num_fetches += 1
 
     def _reserve_bytes(self) -> int:
-        """Device bytes to keep free of model data: for activations that are there, and that the moment will need."""
-        reserve_bytes = self.device.memory().non_model_bytes
-        if self.plan is not None and self.plan.reserve_bytes and not self._eager:
-            position = min(max(0, self.recorder.position), len(self.plan.reserve_bytes) - 1)
-            reserve_bytes = max(reserve_bytes, self.plan.reserve_bytes[position])
-        return reserve_bytes
+        """Device bytes to keep free of model data: for activations that the moment will need, or that are there."""
+        if self._eager or self.plan is None or not self.plan.reserve_bytes:
+            return self.device.memory().non_model_bytes
+        return self.plan.reserve_bytes[min(max(0, self.recorder.position), len(self.plan.reserve_bytes) - 1)]
 
     def _make_room(self, num_bytes: int) -> None:
         """Evicts, furthest next use first, until ``num_bytes`` more and the reserve fit, or nothing more can go."""
@@ -353,6 +350,17 @@ class Manager:
         while self.device.model_data_bytes + num_bytes > room_bytes:
             if not self._evict_one():
                 return  # the allocation will say whether it fits after all
+
+    def _give_way(self) -> None:
+        """Where holders end: without a plan everything that nobody reads goes, with one what the reserve asks for.
+
+        Both in the same places, so that what a warm-up could do with, a planned pass can. Not after every module: a
+        chunk that the next module of the same unit reads would go and come back.
+        """
+        if self._eager:
+            self._release_all()
+        else:
+            self._make_room(0)
 
     def _evict_one(self) -> bool:
         """Gives up the gathered chunk that is read furthest in the future; False if all are in use."""
@@ -419,15 +427,11 @@ class Manager:
     def begin_moment(self, label: str, phase: str) -> None:
         """A border of the pass: closes the running moment, opens the next, makes room for what it will need."""
         if not self.training_pass:
-            if self._eager:
-                self._release_all()
+            self._give_way()
             return
         self.recorder.close()
         self.recorder.begin_moment(label, phase)
-        if self._eager:
-            self._release_all()
-        else:
-            self._make_room(0)
+        self._give_way()
         for chunk in self._gathered.values():
             if chunk.in_use:
                 self.recorder.note_read(chunk)

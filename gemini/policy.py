@@ -75,8 +75,8 @@ def _describe(plan: Plan, facts: list[ChunkFacts]) -> None:
 
 
 def least_capacity_bytes(facts: list[ChunkFacts], trace: Trace) -> int:
-    """The smallest device on which the pass of this trace runs with everything offloaded."""
-    return required_bytes(facts, [Placement() for _ in facts], trace)
+    """The smallest device on which passes like this trace's run with everything offloaded, with some margin."""
+    return required_bytes(facts, [Placement() for _ in facts], trace, with_margin=True)
 
 
 def does_not_fit(facts: list[ChunkFacts], plan: Plan, trace: Trace, capacity_bytes: int) -> DoesNotFitError:

@@ -26,6 +26,7 @@ from gemini.hostinfo import peak_rss_bytes, process_rss_bytes
 from zero.optim.native import load_native
 
 import os
+
 DEVICE_BYTES = int(os.environ.get("DEV", 1536)) << 20
 
 

@@ -304,7 +304,9 @@ def differences(got: Run, want: Run, states: bool = True) -> list[str]:
     found += [] if got.num_skipped == want.num_skipped else [f"skipped {got.num_skipped} != {want.num_skipped}"]
     found += _differing_tensors(got.weights, want.weights, "weight")
     if states:
-        found += [] if got.states.keys() == want.states.keys() else [f"states of {got.states.keys() ^ want.states.keys()}"]
+        found += (
+            [] if got.states.keys() == want.states.keys() else [f"states of {got.states.keys() ^ want.states.keys()}"]
+        )
         for name in got.states.keys() & want.states.keys():
             found += _differing_tensors(got.states[name], want.states[name], f"state of {name}:")
     return found

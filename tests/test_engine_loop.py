@@ -221,7 +221,9 @@ def test_schedulers_do_not_warn_about_the_order_of_calls(verb: str) -> None:
     model = llama()
     original = adamw(trainable(model))
     schedule = _lambda_lr(original)
-    engine, _, _, schedule = zero.initialize(model, original, lr_scheduler=schedule, config=config_of(recipe("llama"), **CPU))
+    engine, _, _, schedule = zero.initialize(
+        model, original, lr_scheduler=schedule, config=config_of(recipe("llama"), **CPU)
+    )
     step = {"engine.step": engine.step, "original.step": original.step, "optimizer.step": engine.optimizer.step}[verb]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -383,7 +385,9 @@ def test_lora_trains_the_adapter_alone(dtype: str) -> None:
     run = run_engine(whole, int(least_capacity(whole) * 1.1))
     assert_same(run, want)
     assert len(run.states) == 12
-    changed = [n for n, v in _with_lora().state_dict().items() if not torch.equal(v.to(run.weights[n].dtype), run.weights[n])]
+    changed = [
+        n for n, v in _with_lora().state_dict().items() if not torch.equal(v.to(run.weights[n].dtype), run.weights[n])
+    ]
     assert changed
     assert all("lora_" in name for name in changed)
 

@@ -94,7 +94,9 @@ def test_elementwise_optimizer_on_chunks_that_are_cut(kind: type[optim.Optimizer
 
 
 @pytest.mark.parametrize(("kind", "options"), FUSED, ids=_label)
-@pytest.mark.parametrize("placed", [CPU, {"capacity_bytes": LARGE_BYTES, "policy": "cuda"}, CUT], ids=["cpu", "cuda", "cut"])
+@pytest.mark.parametrize(
+    "placed", [CPU, {"capacity_bytes": LARGE_BYTES, "policy": "cuda"}, CUT], ids=["cpu", "cuda", "cut"]
+)
 def test_fused_optimizer(kind: type[optim.Optimizer], options: dict[str, Any], placed: dict[str, Any]) -> None:
     _check(_maker(kind, options), **placed)
 
@@ -102,7 +104,9 @@ def test_fused_optimizer(kind: type[optim.Optimizer], options: dict[str, Any], p
 @pytest.mark.full
 @pytest.mark.parametrize(("kind", "options"), VARIANTS + FUSED, ids=_label)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("placed", [CPU, CUT, {"capacity_bytes": 240_000, "policy": "auto"}], ids=["cpu", "cut", "auto"])
+@pytest.mark.parametrize(
+    "placed", [CPU, CUT, {"capacity_bytes": 240_000, "policy": "auto"}], ids=["cpu", "cut", "auto"]
+)
 def test_elementwise_optimizer_everywhere(
     kind: type[optim.Optimizer], options: dict[str, Any], dtype: str, placed: dict[str, Any]
 ) -> None:

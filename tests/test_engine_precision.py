@@ -48,9 +48,7 @@ def test_clipping_matters() -> None:
     ("name", "dtype", "max_grad_norm", "accumulation"),
     itertools.product(["opt-pre-norm", "gpt2", "mixtral"], DTYPES, [None, 0.05], [1, 4]),
 )
-def test_dtype_clipping_and_accumulation(
-    name: str, dtype: str, max_grad_norm: float | None, accumulation: int
-) -> None:
+def test_dtype_clipping_and_accumulation(name: str, dtype: str, max_grad_norm: float | None, accumulation: int) -> None:
     changes: dict[str, Any] = {"dtype": dtype, "max_grad_norm": max_grad_norm, "accumulation": accumulation}
     whole = recipe(name, batches=batches(6), scale=256.0, **changes)
     want = run_plain(whole)

@@ -32,6 +32,16 @@ from zero.report.metrics import MetricsWriter
 from zero.report.record import StepRecord
 from zero.report.recorder import StepRecorder
 from zero.report.trackers import check_trackers
+from zero.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    MAP_FILE,
+    MODEL_FOLDER,
+    SUMMARY_FILE,
+    check_run_folder,
+    forget_metrics_after,
+    set_aside_earlier_run,
+)
 from zero.setup import make_device
 
 logger = logging.getLogger("zero")
@@ -93,6 +103,7 @@ class Trainer:
             raise UserError("parallel: this version trains in one process; remove [parallel] or set its sizes to 1")
         self.config = config
         self.output_dir = Path(config.run_folder)
+        check_run_folder(self.output_dir)
         self._device = make_device(config)
         self.tokenizer = build_tokenizer(config)
         transformers_config = model_config(config, self.tokenizer)
@@ -112,8 +123,6 @@ class Trainer:
         """Trains, evaluates before and after, writes the run folder."""
         started_s = time.perf_counter()
         config = self.config
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        (self.output_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
         model = build_model(config, self.tokenizer)
@@ -122,6 +131,8 @@ class Trainer:
         scheduler = build_scheduler(optimizer, config, num_steps)
         engine, *_ = initialize(model, optimizer, lr_scheduler=scheduler, config=config, device=self._device)
         torch.manual_seed(config.train.seed)
+        resumed_from = self._resume(engine, scheduler)
+        self._open_folder(resumed_from)
         with (
             make_reporter(logging_steps=config.train.logging_steps) as reporter,
             MetricsWriter(
@@ -132,11 +143,36 @@ class Trainer:
             ) as metrics,
         ):
             self._announce(reporter, engine, num_steps)
-            self._resume(engine, scheduler, reporter)
+            if config.train.resume_from_checkpoint:
+                where = f"resumed from {resumed_from} at step {self._progress.step}"
+                reporter.message(where if resumed_from else "no checkpoint to resume from: starting anew")
             self._loop(engine, scheduler, num_steps, reporter, metrics)
             self._finish(engine, reporter, started_s)
         engine.close()
         return self._result
+
+    def _open_folder(self, resumed_from: Path | None) -> None:
+        """The first thing that is written; everything that can be refused has been by now."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if resumed_from is not None and resumed_from.resolve().is_relative_to(self.output_dir.resolve()):
+            forget_metrics_after(self.output_dir, self._progress.step)
+        else:
+            aside = set_aside_earlier_run(self.output_dir)
+            if aside is not None:
+                logger.info("%s held an earlier run, which is now in %s", self.output_dir, aside)
+        (self.output_dir / CONFIG_FILE).write_text(to_toml(self.config), encoding="utf-8")
+
+    def _checkpoints(self) -> Path | None:
+        """The checkpoint to resume from, or the folder that holds some; None to start anew."""
+        from zero.checkpoint import find_latest
+
+        wish = self.config.train.resume_from_checkpoint
+        if not wish:
+            return None
+        if isinstance(wish, str):
+            return Path(wish)
+        folder = self.output_dir / CHECKPOINTS_FOLDER
+        return folder if find_latest(folder) is not None else None
 
     def _num_steps(self) -> int:
         train = self.config.train
@@ -168,21 +204,20 @@ class Trainer:
         reporter.message("one training sample (what is masked is not learnt):")
         reporter.message(describe_sample(self.data.train_dataset[0], self.tokenizer).plain)
 
-    def _resume(self, engine: Engine, scheduler: Any, reporter: Reporter) -> None:
-        wish = self.config.train.resume_from_checkpoint
-        if not wish:
-            return
-        from zero.checkpoint import find_latest, load_checkpoint
+    def _resume(self, engine: Engine, scheduler: Any) -> Path | None:
+        """Goes to where a checkpoint was taken, if one is wanted and there; returns its folder."""
+        folder = self._checkpoints()
+        if folder is None:
+            return None
+        from zero.checkpoint import load_checkpoint
 
-        folder = self.output_dir / "checkpoints" if wish is True else Path(str(wish))
-        if wish is True and find_latest(folder) is None:
-            reporter.message("no checkpoint to resume from: starting anew")
-            return
         loaded = load_checkpoint(engine, folder, lr_scheduler=scheduler)
-        self._progress.step = loaded.step
+        if loaded.extra is None or "data" not in loaded.extra:
+            raise UserError(f"{loaded.path}: not written by `zero train`, so it does not say where in the data it was")
+        self._progress.step = int(loaded.extra["step"])
         self.data.train_loader.load_state_dict(loaded.extra["data"])
         self._result.eval_perplexity_before = loaded.extra.get("eval_perplexity_before")
-        reporter.message(f"resumed from {loaded.path} at step {loaded.step}")
+        return loaded.path
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -278,6 +313,8 @@ class Trainer:
         num_steps: int,
     ) -> StepRecord:
         report = engine.memory_report()
+        if report.predicted_device_peak_bytes:  # 0 while an evaluation, say, has set the plan aside
+            self._result.predicted_device_peak_bytes = report.predicted_device_peak_bytes
         num_tokens = sum(int(batch["input_ids"].numel()) for batch in window)
         per_epoch = math.ceil(len(self.data.train_loader) / self.config.train.gradient_accumulation_steps)
         return StepRecord(
@@ -309,6 +346,7 @@ class Trainer:
         if self.data.eval_loader is None:
             return None
         loss, num_tokens = evaluate(engine, self.data.eval_loader)
+        engine.manager.reset_counters()  # they are those of a training step
         value = perplexity(loss)
         self._result.num_eval_tokens = num_tokens
         reporter.message(f"held-out perplexity {when}: {value:.3f} (loss {loss:.4f}, {num_tokens:,} tokens)")
@@ -318,7 +356,7 @@ class Trainer:
     def _draw(self, recorder: StepRecorder, engine: Engine) -> None:
         draw_memory_map(
             recorder.samples,
-            self.output_dir / "memory_map.png",
+            self.output_dir / MAP_FILE,
             capacity_bytes=engine.device.capacity_bytes,
             predicted_peak_bytes=engine.plan.predicted_device_peak_bytes or None,
             title=f"Step {self._progress.step}: policy {engine.plan.policy}",
@@ -336,14 +374,14 @@ class Trainer:
 
         save_checkpoint(
             engine,
-            self.output_dir / "checkpoints",
+            self.output_dir / CHECKPOINTS_FOLDER,
             extra=extra,
             lr_scheduler=scheduler,
             save_total_limit=self.config.train.save_total_limit,
         )
 
     def _finish(self, engine: Engine, reporter: Reporter, started_s: float) -> None:
-        folder = self.output_dir / "model"
+        folder = self.output_dir / MODEL_FOLDER
         engine.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         report, result, progress = engine.memory_report(), self._result, self._progress
@@ -354,11 +392,10 @@ class Trainer:
         result.tokens_per_s = progress.seen_tokens / progress.training_s if progress.training_s else 0.0
         result.device_capacity_bytes = report.device_capacity_bytes
         result.device_peak_bytes = report.device_peak_bytes
-        result.predicted_device_peak_bytes = report.predicted_device_peak_bytes
         result.host_bytes = report.host_bytes
         result.pinned_bytes = report.pinned_bytes
         result.wall_s = time.perf_counter() - started_s
-        (self.output_dir / "summary.json").write_text(json.dumps(vars(result), indent=2) + "\n", encoding="utf-8")
+        (self.output_dir / SUMMARY_FILE).write_text(json.dumps(vars(result), indent=2) + "\n", encoding="utf-8")
         reporter.summary(self._summary_rows(folder))
 
     def _summary_rows(self, folder: Path) -> list[tuple[str, str]]:
@@ -381,6 +418,6 @@ class Trainer:
             ("steps", f"{result.num_steps}, of them skipped {result.num_skipped_steps}"),
             ("speed", f"{result.tokens_per_s:,.0f} tokens/s, {result.wall_s:.0f} s in all"),
             ("model folder", str(folder)),
-            ("memory map", str(self.output_dir / "memory_map.png")),
+            ("memory map", str(self.output_dir / MAP_FILE)),
         ]
         return rows

@@ -85,7 +85,7 @@ def list_candidates(directory: Path) -> list[Candidate]:
 
 def _candidate(path: Path) -> Candidate:
     try:
-        return Candidate(path, read_manifest(path), None)
+        return Candidate(path, _named_manifest(path), None)
     except DamagedError as error:
         return Candidate(path, None, str(error))
 
@@ -104,11 +104,10 @@ def verify(checkpoint: Path) -> list[str]:
     """
     checkpoint = Path(checkpoint)
     try:
-        manifest = read_manifest(checkpoint)
+        manifest = _named_manifest(checkpoint)
     except DamagedError as error:
         return [str(error)]
-    problems = _check_name(checkpoint, manifest)
-    problems += _file_problems(checkpoint, manifest)
+    problems = _file_problems(checkpoint, manifest)
     if problems:
         return problems
     for what in (lambda: _check_tensors(checkpoint, manifest), lambda: _check_needed(checkpoint, manifest)):
@@ -126,7 +125,12 @@ def _file_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
     else:
         with ThreadPoolExecutor(_MOST_THREADS) as pool:  # hashing lets other threads run
             results = list(pool.map(check, manifest.files))
-    return [problem for problem in results if problem is not None]
+    problems = [problem for problem in results if problem is not None]
+    if len(results) > 1 and 2 * len(problems) >= len(results):
+        problems.insert(
+            0, f"{MANIFEST}: half of the files or more are not those it names; it may be another checkpoint's"
+        )
+    return problems
 
 
 def _problem(check: Callable[[], None]) -> str | None:
@@ -137,11 +141,13 @@ def _problem(check: Callable[[], None]) -> str | None:
     return None
 
 
-def _check_name(checkpoint: Path, manifest: Manifest) -> list[str]:
+def _named_manifest(checkpoint: Path) -> Manifest:
+    """The manifest, unless the folder's name says another step: a copy of an old one must not pass for a new one."""
+    manifest = read_manifest(checkpoint)
     match = _STEP.search(checkpoint.name)
-    if match is None or int(match[1]) == manifest.step:
-        return []
-    return [f"{MANIFEST}: it is of step {manifest.step}, the folder is named {checkpoint.name}"]
+    if match is not None and int(match[1]) != manifest.step:
+        raise DamagedError(f"{MANIFEST}: it is of step {manifest.step}, the folder is named {checkpoint.name}")
+    return manifest
 
 
 def _check_file(checkpoint: Path, record: FileRecord) -> None:

@@ -36,11 +36,13 @@ def train(arguments: argparse.Namespace, rest: list[str]) -> int:
     """``zero train CONFIG``."""
     _one_process(arguments)
     config = _load(arguments, rest, require=("model", "data"))
+    from torch import OutOfMemoryError
+
     from zero.trainer import Trainer, TrainingStopped
 
     try:
         Trainer(config).run()
-    except TrainingStopped as error:
+    except (TrainingStopped, OutOfMemoryError) as error:
         raise RunFailed(str(error)) from error
     return 0
 

@@ -84,7 +84,9 @@ def build_model(config: Config, tokenizer: Any = None) -> nn.Module:
 
         name = _name(config)
         with _explained("model.name_or_path", name), ZeroInitContext():
-            model = AutoModelForCausalLM.from_pretrained(name, revision=section.revision, **options)
+            # "main" and not None: only then does transformers look for the safetensors copy that the Hub's bot makes
+            # of a model whose main branch holds pickles (facebook/opt-* are such models).
+            model = AutoModelForCausalLM.from_pretrained(name, revision=section.revision or "main", **options)
     return dress(model, config)
 
 
