@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-full lint install clean
+.PHONY: quickstart test test-full lint docs install clean
 
 install: $(STAMP)
 
@@ -30,6 +30,10 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest -m "not gpu"
+
+# The parts of docs/ that are made from the code.
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

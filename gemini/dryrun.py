@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from gemini.arena import HostArena
 from gemini.device import Device, DeviceMemory, InlineStream, Stream
@@ -117,5 +117,17 @@ def fake_mode() -> FakeTensorMode:
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of a model with fake parameters and buffers; the original is not touched and no memory is taken."""
     with FakeCopyMode(mode):
-        duplicate: nn.Module = copy.deepcopy(model)
+        duplicate: nn.Module = copy.deepcopy(model, _fake_parameters(model, mode))
     return duplicate
+
+
+def _fake_parameters(model: nn.Module, mode: FakeTensorMode) -> dict[int, Any]:
+    """Twins of plain parameters by their ``id``, made without a look at values, which may still lie in a file."""
+    twins: dict[int, Any] = {}
+    with mode:
+        for parameter in model.parameters():
+            if parameter.layout is torch.strided and not is_traceable_wrapper_subclass(parameter):
+                shape, stride = parameter.size(), parameter.stride()
+                empty = torch.empty_strided(shape, stride, dtype=parameter.dtype, device=parameter.device)
+                twins[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    return twins

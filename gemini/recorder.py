@@ -144,7 +144,7 @@ class Recorder:
         """The pass is complete; True if something in it asks for a new plan."""
         recorded, self._recording = self._recording, Trace()
         self._with_gradient.clear()
-        if not recorded.moments:
+        if not recorded.moments or not recorded.batch_shapes:  # nothing, or a second backward over a kept graph
             return False
         if self.trace is None:
             self.trace = recorded

@@ -206,21 +206,21 @@ def _carry(key: str, old: list[Segment], new: list[Segment], numel: int, store: 
     """Moves one buffer from old segments to new ones through host memory; if that fails, puts it back."""
     whole = torch.zeros(numel, dtype=_widest(old, key))
     for segment in old:
-        whole[segment.start : segment.stop].copy_(_source(segment, key))
-        _free(segment, key, store)
+        whole[segment.start : segment.stop].copy_(_source(segment, key, joint))
+        _free(segment, key, store, joint)
     try:
         _fill(key, new, whole, store, joint)
     except Exception:
         for segment in new:
-            _free(segment, key, store)
+            _free(segment, key, store, joint)
         _fill(key, old, whole, store, joint)
         raise
 
 
-def _source(segment: Segment, key: str) -> torch.Tensor:
-    if key == _VALUES and segment.values.dtype != torch.float32:
-        return segment.values
-    return segment.companions.get(MASTER if key == _VALUES else key, segment.values)
+def _source(segment: Segment, key: str, joint: bool) -> torch.Tensor:
+    if key != _VALUES:
+        return segment.companions[key]
+    return segment.companions.get(MASTER, segment.values) if joint else segment.values
 
 
 def _fill(key: str, segments: list[Segment], whole: torch.Tensor, store: Store, joint: bool) -> None:
@@ -238,13 +238,10 @@ def _fill(key: str, segments: list[Segment], whole: torch.Tensor, store: Store, 
             segment.companion(store, MASTER, whole.dtype).copy_(inside)
 
 
-def _free(segment: Segment, key: str, store: Store) -> None:
+def _free(segment: Segment, key: str, store: Store, joint: bool) -> None:
     """Frees what :func:`_fill` makes, as far as it is there."""
-    if key != _VALUES:
-        if key in segment.companions:
-            segment.drop(store, key)
-        return
-    joint = segment.values.dtype == torch.float32 and MASTER in segment.companions
-    if joint:
-        segment.drop(store, MASTER)
-    segment.drop_values(store)
+    for companion in (MASTER,) if key == _VALUES and joint else (key,):
+        if companion in segment.companions:
+            segment.drop(store, companion)
+    if key == _VALUES:
+        segment.drop_values(store)

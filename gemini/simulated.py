@@ -50,7 +50,7 @@ class SimulatedStream(Stream):
 
     def __init__(self, device: SimulatedDevice) -> None:
         self._device = device
-        self._queue: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+        self._queue: deque[tuple[torch.Tensor, torch.Tensor] | None] = deque()
         self._num_queued = 0
         self._num_run = 0
 
@@ -70,10 +70,11 @@ class SimulatedStream(Stream):
     def run_until(self, position: int) -> None:
         """Runs queued copies, oldest first, up to ``position``."""
         while self._num_run < position:
-            target, source = self._queue.popleft()
+            pair = self._queue.popleft()
             self._num_run += 1
-            with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
-                target.copy_(source)
+            if pair is not None:
+                with _unwatched():
+                    pair[0].copy_(pair[1])
 
     @property
     def num_pending(self) -> int:
@@ -84,13 +85,22 @@ class SimulatedStream(Stream):
         """Runs the oldest pending copy."""
         self.run_until(self._num_run + 1)
 
-    def run_touching(self, storage_address: int) -> None:
-        """Runs the queue as far as the last copy that reads or writes a storage."""
-        last = 0
+    def part_with(self, buffer: torch.Tensor) -> None:
+        """Memory goes while copies of it are queued.
+
+        As with an allocator that knows which streams use a block: a copy that reads it still gets what it holds now,
+        *when the copy runs*; one that writes it does no harm, so it is dropped.
+        """
+        address = buffer.untyped_storage().data_ptr()
         for index, pair in enumerate(self._queue):
-            if any(t.untyped_storage().data_ptr() == storage_address for t in pair):
-                last = self._num_run + index + 1
-        self.run_until(last)
+            if pair is None:
+                continue
+            target, source = pair
+            if target.untyped_storage().data_ptr() == address:
+                self._queue[index] = None
+            elif source.untyped_storage().data_ptr() == address:
+                with _unwatched():
+                    self._queue[index] = target, source.clone()
 
 
 class SimulatedDevice(Device):
@@ -148,17 +158,17 @@ class SimulatedDevice(Device):
         return buffer
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        """Poisons and empties the buffer. Copies still queued on it run first, as an allocator would ensure."""
+        """Poisons and empties the buffer; see :meth:`SimulatedStream.part_with` for copies still queued on it."""
         for stream in self._streams:
-            stream.run_touching(buffer.untyped_storage().data_ptr())
+            stream.part_with(buffer)
         with _unwatched():
             self._fill(buffer)
             super().give_back(buffer)
 
     def forget(self, buffer: torch.Tensor) -> None:
-        """Poisons the buffer. Copies still queued on it run first."""
+        """Poisons the buffer; see :meth:`SimulatedStream.part_with` for copies still queued on it."""
         for stream in self._streams:
-            stream.run_touching(buffer.untyped_storage().data_ptr())
+            stream.part_with(buffer)
         with _unwatched():
             self._fill(buffer)
         super().forget(buffer)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import zero
 from tests.engine_models import MODELS, batches
-from zero.checkpoint import finding
 from zero.checkpoint.codec import dump
 from zero.checkpoint.files import Files
 from zero.checkpoint.manifest import MANIFEST
@@ -341,5 +340,5 @@ def all_files(checkpoint: Path) -> Iterator[Path]:
 
 __all__ = [
     "CountingFiles", "CrashingFiles", "FailingFiles", "PowerLossFiles", "Setting", "SimulatedCrash", "Trainer",
-    "all_files", "batches", "differences", "everything", "finding", "forge", "forge_file", "tensor_file",
+    "all_files", "batches", "differences", "everything", "forge", "forge_file", "tensor_file",
 ]  # fmt: skip

@@ -17,8 +17,9 @@ from torch import nn
 
 from tests import checkpoint_helpers as helpers
 from tests.checkpoint_helpers import Setting, Trainer, batches, differences, everything
-from zero.checkpoint import CheckpointError, codec, contents, find_latest, verify
+from zero.checkpoint import CheckpointError, codec, contents, find_latest, tensorfile, verify
 from zero.checkpoint.hyperparameters import restore_groups
+from zero.checkpoint.rng import restore_rng, rng_state
 
 BATCHES = batches(6)
 
@@ -49,7 +50,7 @@ PLACEMENTS = {
     "cpu-to-cuda": ({"policy": "cpu"}, {"policy": "cuda", "memory": {"chunk": 20_000}}),
     "static-to-tight-auto": (
         {"policy": "static", "memory": {"resident_parameters": 0.3, "resident_optimizer": 0.6}},
-        {"policy": "auto", "capacity_bytes": 700_000},
+        {"policy": "auto", "capacity_bytes": 250_000},
     ),
 }
 
@@ -211,6 +212,43 @@ def test_all_generators_come_back(tmp_path: Path) -> None:
     trainer.load(tmp_path)
     again = (torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.normal(), np.random.rand())
     assert drawn == again
+
+
+def test_saving_copies_nothing_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written of parameters and states are views of where they live, a block at a time."""
+    trainer = _begin(Setting(policy="cpu", dtype="bf16")).run(BATCHES[:1])
+    held = [
+        (buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes)
+        for chunk in trainer.engine.manager.chunks
+        for segment in chunk.segments
+        for buffer in (segment.values, *segment.companions.values())
+    ]
+    monkeypatch.setattr(tensorfile, "BLOCK_BYTES", 1000)
+    written: list[torch.Tensor] = []
+    as_bytes = tensorfile.as_bytes
+    monkeypatch.setattr(tensorfile, "as_bytes", lambda block: (written.append(block), as_bytes(block))[1])
+    trainer.save(tmp_path)
+    assert len(written) > 400
+    for block in written:
+        assert block.nbytes <= 1000
+        assert any(start <= block.data_ptr() < stop for start, stop in held)
+
+
+def test_an_accelerators_generator_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state is stored too; on another kind of device that is said."""
+    device = torch.device("cuda", 0)
+
+    class Module:
+        state = torch.arange(16, dtype=torch.uint8)
+        get_rng_state = staticmethod(lambda _: Module.state.clone())
+        set_rng_state = staticmethod(lambda state, _: setattr(Module, "state", state))
+
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Module)
+    saved, before = codec.parse(codec.dump(rng_state(device))), Module.state
+    Module.state = torch.zeros(16, dtype=torch.uint8)
+    assert restore_rng(saved, device) == []
+    assert torch.equal(Module.state, before)
+    assert "written on cuda, this run computes on cpu" in restore_rng(saved, torch.device("cpu"))[0]
 
 
 CHILD = """

@@ -429,7 +429,7 @@ def test_error_of_the_users_own_stays_itself() -> None:
     with _failing_forward(engine.module.lm_head), pytest.raises(_Boom):
         engine(**batches(1)[0])
     engine.check_integrity()
-    with pytest.raises(TypeError):
-        engine(no_such_argument=1)
+    with pytest.raises(ValueError, match="input_ids"):
+        engine()
     engine.check_integrity()
     engine.close()

@@ -15,8 +15,10 @@ from torch import nn
 from gemini.arena import HostArena
 from gemini.chunk import ChunkTensor
 from gemini.device import Device
+from gemini.manager import Manager
 from gemini.plan import Plan
 from gemini.policy import does_not_fit
+from gemini.segment import MASTER
 from gemini.store import Tier
 from gemini.trace import Trace
 from zero import checkpoint, export
@@ -24,6 +26,7 @@ from zero.config.schema import Config
 from zero.dryrun import Blueprint
 from zero.errors import UserError
 from zero.gradient import forget_gradient, settle_gradient, unmanage
+from zero.guard import CastGuard
 from zero.hooks import ModelHooks
 from zero.memory_report import MemoryReport
 from zero.optim.chunked import ZeroOptimizer, map_groups, require_ours
@@ -125,7 +128,9 @@ class Engine:
             self._planner.backward_ends,
         )
         undo.callback(self._hooks.remove)
-        undo.callback(export.StateDictHook(self.module, self._tensors, self.manager).remove)
+        self._export = export.StateDictHook(self.module, self._tensors, self.manager)
+        undo.callback(self._export.remove)
+        undo.callback(CastGuard(self.module).remove)
         if optimizer is not None:
             groups = map_groups(optimizer.param_groups, self._tensors)
             updater = self._make_updater(optimizer, groups, kernel)
@@ -248,6 +253,7 @@ class Engine:
     def zero_grad(self) -> None:
         """Forgets gradients, unless an accumulation window is open."""
         if self._micro_step == 0:
+            self._hooks.settle_interrupted_forward()
             self._hooks.settle_failed_backward()
             for tensor in self._ordered:
                 forget_gradient(tensor)
@@ -331,13 +337,12 @@ class Engine:
         for tensor in bound:
             tensor.parameter.data = tensor.chunk.values_of(tensor)
         try:
-            with self.manager.shown_whole():
+            with self.manager.shown_whole(), self._export.paused():
                 yield self.module
         finally:
             for tensor, placed in bound.items():
                 written, tensor.parameter.data = tensor.parameter.data, placed
-                if not torch.equal(written, tensor.chunk.values_of(tensor)):
-                    self.manager.write(tensor, written)
+                _take_over(self.manager, tensor, written)
 
     def memory_report(self) -> MemoryReport:
         """Bytes and counters; see :class:`MemoryReport`."""
@@ -403,6 +408,15 @@ class Engine:
     def _require_open(self) -> None:
         if self._closed:
             raise UserError("the engine was closed; make a new one with zero.initialize()")
+
+
+def _take_over(manager: Manager, tensor: ChunkTensor, written: torch.Tensor) -> None:
+    """New values of a parameter. Elements that nobody touched keep what the master knows beyond the dtype."""
+    present = tensor.chunk.values_of(tensor)
+    untouched = (written == present) | (written.isnan() & present.isnan())
+    if not untouched.all():
+        known = tensor.chunk.companion_of(tensor, MASTER) if tensor.chunk.layout.trainable else present
+        manager.write(tensor, torch.where(untouched, known, written.to(known.dtype)))
 
 
 def _make_scaler(config: Config) -> LossScaler:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,35 +28,62 @@ class StateDictHook:
     """
 
     def __init__(self, root: nn.Module, tensors: dict[int, ChunkTensor], manager: Manager) -> None:
-        self._root = root
         self._tensors = tensors
         self._manager = manager
+        self._paused = False
+        # Of the state_dict that is being made: a tied parameter is copied once, whichever module comes first.
+        self._copies: tuple[weakref.ref[Any] | None, dict[int, torch.Tensor]] = (None, {})
         # Plain functions: torch marks hooks with an attribute, which a bound method cannot carry.
-        self._handle = root.register_state_dict_post_hook(lambda *args: self._fill(*args))
-        self._load_handle = root.register_load_state_dict_pre_hook(lambda *args: self._refuse_load(*args))
+        self._handles = [root.register_load_state_dict_pre_hook(lambda *args: self._refuse_load(*args))]
+        for module in root.modules():
+            if module._parameters:
+                self._handles.append(module.register_state_dict_post_hook(lambda *args: self._fill(*args)))
 
     def remove(self) -> None:
         """Leaves ``state_dict`` as it was."""
-        self._handle.remove()
-        self._load_handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While parameters are whole tensors of their own, states are read and loaded as torch does it."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def _fill(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """Each module puts in its own parameters; torch calls this for every module of a state_dict."""
         del metadata
+        if self._paused:
+            return
         self._manager.settle_idle_reads()
-        copies: dict[int, torch.Tensor] = {}
-        for name, parameter in module.named_parameters(prefix=prefix.rstrip("."), remove_duplicate=False):
+        copies = self._copies_for(state)
+        for own, parameter in module._parameters.items():
             tensor = self._tensors.get(id(parameter))
+            name = prefix + own
             if name in state and tensor is not None:
                 if id(tensor) not in copies:
                     copies[id(tensor)] = tensor.chunk.values_of(tensor)
                 state[name] = copies[id(tensor)]
 
-    @staticmethod
-    def _refuse_load(*_: Any) -> None:
-        raise RuntimeError(
-            "load_state_dict() on a managed model would write into released memory; write inside "
-            "`with engine.gathered_parameters():`, or load before zero.initialize()"
-        )
+    def _copies_for(self, state: dict[str, Any]) -> dict[int, torch.Tensor]:
+        known, copies = self._copies
+        if known is None or known() is not state:
+            reference = weakref.ref(state, lambda _: self._forget_copies()) if isinstance(state, OrderedDict) else None
+            self._copies = reference, {}
+        return self._copies[1]
+
+    def _forget_copies(self) -> None:
+        self._copies = None, {}
+
+    def _refuse_load(self, *_: Any) -> None:
+        if not self._paused:
+            raise RuntimeError(
+                "load_state_dict() on a managed model would write into released memory; write inside "
+                "`with engine.gathered_parameters():`, or load before zero.initialize()"
+            )
 
 
 def tensors_to_save(module: nn.Module, tensors: dict[int, ChunkTensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -123,7 +153,8 @@ def save_pretrained(module: nn.Module, tensors: dict[int, ChunkTensor], director
     """
     directory.mkdir(parents=True, exist_ok=True)
     if hasattr(module, "peft_config"):
-        module.save_pretrained(directory)  # small: reads through state_dict(), which the hook fills
+        adapters: Any = module
+        adapters.save_pretrained(directory)  # small: reads through state_dict(), which the hook fills
         return
     config = getattr(module, "config", None)
     if config is not None and hasattr(config, "save_pretrained"):

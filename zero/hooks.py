@@ -13,7 +13,9 @@ What stands where:
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +61,16 @@ class SavedView:
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
+    version: int
+    """How often the user had written the parameter in place."""
+
+
+class PendingGraph:
+    """A training forward whose backward has not run; lives as long as the graph, whose hooks refer to it."""
+
+    def __init__(self) -> None:
+        self.entered = False
+        self.done = False
 
 
 class ModelHooks:
@@ -69,7 +81,8 @@ class ModelHooks:
         units: from :func:`zero.units.find_units`.
         manager: told of everything.
         tensors: chunk tensors by ``id`` of their parameter.
-        on_pass: called when a pass begins, before anything runs: ``on_pass(training, batch_shape)``.
+        on_pass: called when a pass begins, before anything runs: ``on_pass(training, batch_shape, pending)``; ``pending``
+            says that the graph of an earlier forward still waits for its backward.
         on_backward_end: called when a backward pass is over.
     """
 
@@ -79,7 +92,7 @@ class ModelHooks:
         units: list[Unit],
         manager: Manager,
         tensors: dict[int, ChunkTensor],
-        on_pass: Callable[[bool, tuple[int, ...]], None],
+        on_pass: Callable[[bool, tuple[int, ...], bool], None],
         on_backward_end: Callable[[], None],
     ) -> None:
         self._root = root
@@ -95,6 +108,10 @@ class ModelHooks:
         self._outer_error: BaseException | None = None
         self._handles: list[Any] = []
         self._callback_queued = False
+        self._saving: Any = None
+        # Between forward and backward the user's loss may read parameters; what it wrote there would be lost.
+        self._read_by_user: dict[ChunkTensor, int] = {}
+        self._graphs: list[weakref.ref[PendingGraph]] = []
         self._install()
 
     # -- installing --------------------------------------------------------------------------------------------------
@@ -125,12 +142,17 @@ class ModelHooks:
     def _on_read(self, parameter: torch.Tensor) -> None:
         tensor = self._tensors.get(id(parameter))
         if tensor is not None:
-            self._manager.read(tensor, self._running_units[-1] if self._running_units else None)
+            if self._depth == 0 and self._manager.phase is Phase.FORWARD:
+                self._read_by_user.setdefault(tensor, parameter._version)
+            with _ordinary_tensors():
+                self._manager.read(tensor, self._running_units[-1] if self._running_units else None)
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         moved = None
+        if module is self._root and self._depth and not _inside_backward():
+            self.settle_interrupted_forward()
         if self._depth == 0:
             moved = self._begin(args, kwargs)
             args, kwargs = moved
@@ -140,8 +162,12 @@ class ModelHooks:
         if label is not None:
             self._running_units.append(label)
             if self._manager.phase is Phase.FORWARD:
-                self._manager.begin_moment(label, "forward")
+                with _ordinary_tensors():
+                    self._manager.begin_moment(label, "forward")
             self._watch_backward_end(label, args, kwargs)
+        if isinstance(module, nn.RNNBase):
+            for name in module._parameters:
+                module._parameters[name]  # it computes with a list of its own
         return moved
 
     def _begin(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -153,8 +179,10 @@ class ModelHooks:
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device.torch_device), (args, kwargs))
         training = torch.is_grad_enabled() and any(t.chunk.layout.trainable for t in self._tensors.values())
         self._callback_queued = False  # a backward pass that failed never told us of its end
+        self._refuse_user_writes()
         self._outer_error = sys.exc_info()[1]
-        self._on_pass(training, _largest_shape((args, kwargs)))
+        with _ordinary_tensors():
+            self._on_pass(training, _largest_shape((args, kwargs)), self.graph_pending)
         self._pass_context = device.activity()
         self._pass_context.__enter__()
         self._saving = saved_tensors_hooks(self._pack, self._unpack) if training else None
@@ -164,8 +192,11 @@ class ModelHooks:
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         del args, kwargs
+        if self._depth == 0:
+            return  # the pass could not begin; torch calls us all the same
         returned = list(_tensors(output))
-        self._manager.leave(returned)
+        with _ordinary_tensors():
+            self._manager.leave(returned)
         self._depth -= 1
         label = self._unit_labels.get(id(module))
         if label is not None:
@@ -176,21 +207,53 @@ class ModelHooks:
 
     def _end(self, returned: list[torch.Tensor]) -> None:
         """The outermost module has ended, well or by an exception."""
-        if self._saving is not None:
-            self._saving.__exit__(None, None, None)
-        context, self._pass_context = self._pass_context, None
-        context.__exit__(None, None, None)
+        self._leave_contexts()
         error = sys.exc_info()[1]
         if error is not None and error is not self._outer_error:
             self._running_units.clear()
             self._manager.abort_pass()
             return
-        self._manager.end_forward_pass()
+        with _ordinary_tensors():
+            self._manager.end_forward_pass()
         if self._manager.training_pass:
             self._manager.device.expects_backward = True
-            wanted = [tensor for tensor in returned if tensor.requires_grad]
-            if wanted:
-                register_multi_grad_hook(wanted, lambda _: self._enter_backward(), mode="any")
+            self._expect_backward([tensor for tensor in returned if tensor.requires_grad])
+
+    def _leave_contexts(self) -> None:
+        for context in (self._saving, self._pass_context):
+            if context is not None:
+                context.__exit__(None, None, None)
+        self._saving = self._pass_context = None
+
+    def settle_interrupted_forward(self) -> None:
+        """Clears up after a forward that ended in what torch runs no hooks for (Ctrl-C); nothing if there was none."""
+        if self._depth == 0 or _inside_backward():
+            return
+        self._leave_contexts()
+        self._depth = 0
+        self._running_units.clear()
+        self._manager.abort_pass()
+
+    # -- graphs that wait for their backward -------------------------------------------------------------------------
+
+    def _expect_backward(self, wanted: list[torch.Tensor]) -> None:
+        if not wanted:
+            return
+        graph = PendingGraph()
+
+        def begins(_: torch.Tensor) -> None:
+            graph.entered = True
+            self._enter_backward()
+
+        register_multi_grad_hook(wanted, begins, mode="any")
+        self._graphs.append(weakref.ref(graph))
+
+    @property
+    def graph_pending(self) -> bool:
+        """Whether a forward's graph is alive and waits for its backward: what it saved must stay where it is."""
+        graphs = [(reference, reference()) for reference in self._graphs]
+        self._graphs = [reference for reference, graph in graphs if graph is not None and not graph.done]
+        return bool(self._graphs)
 
     # -- what autograd saves -----------------------------------------------------------------------------------------
 
@@ -200,11 +263,14 @@ class ModelHooks:
             # Never the tensor itself: where a node saves its own output, that is a cycle which only backward breaks,
             # and a branch that gets no gradient would leak it every step.
             return saved.detach() if saved.grad_fn is not None else saved
-        return SavedView(tensor, saved.shape, saved.stride(), int(saved.storage_offset()))
+        version = tensor.parameter._version
+        return SavedView(tensor, saved.shape, saved.stride(), int(saved.storage_offset()), version)
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, SavedView):
             return packed  # type: ignore[no-any-return]
+        if packed.version != packed.tensor.parameter._version:
+            raise _written(packed.tensor)
         if _inside_backward():
             self._enter_backward()
         self._manager.unpack(packed.tensor)
@@ -251,8 +317,18 @@ class ModelHooks:
 
     def _backward_ended(self) -> None:
         self._callback_queued = False
-        self._manager.device.expects_backward = False
+        for graph in [reference() for reference in self._graphs]:
+            if graph is not None:
+                graph.done |= graph.entered
+        self._manager.device.expects_backward = self.graph_pending
         self._on_backward_end()
+        self._refuse_user_writes()
+
+    def _refuse_user_writes(self) -> None:
+        read, self._read_by_user = self._read_by_user, {}
+        for tensor, version in read.items():
+            if tensor.parameter._version != version:
+                raise _written(tensor)
 
     def settle_failed_backward(self) -> None:
         """Clears up after a backward pass of the user's that ended in an exception; nothing if there was none."""
@@ -263,6 +339,7 @@ class ModelHooks:
     def backward_failed(self) -> None:
         """A backward pass ended in an exception: autograd ran no callback."""
         self._callback_queued = False
+        self._read_by_user.clear()
         self._manager.device.expects_backward = False
 
     def _gradient_ready(self, parameter: torch.Tensor) -> None:
@@ -275,6 +352,18 @@ class ModelHooks:
         tensor = self._tensors[id(parameter)]
         settle_gradient(tensor)
         self._manager.take_gradient(tensor, gradient)
+
+
+def _written(tensor: ChunkTensor) -> RuntimeError:
+    return RuntimeError(
+        f"parameter {tensor.name} has been modified by an inplace operation between forward and backward; a managed "
+        "parameter keeps what is written before a forward or after a backward, so write it there"
+    )
+
+
+def _ordinary_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Buffers made while the user is in inference mode must still be fit for training."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
 def _inside_backward() -> bool:

@@ -6,7 +6,7 @@ import copy
 import logging
 
 from gemini.device import Device
-from gemini.manager import Manager
+from gemini.manager import Manager, Phase
 from gemini.plan import ChunkFacts, DoesNotFitError, Plan, offload_all
 from gemini.policy import Policy
 from gemini.trace import Trace
@@ -39,18 +39,33 @@ class PassPlanner:
         self.needs_plan = False
         # Non-model bytes that lie on the device when a pass begins: the user holds the last loss, outputs, batches.
         self._held_bytes = 0
+        self._pending = False
         self._traced_held_bytes = 0
         self._planned_held_bytes = 0
 
-    def pass_begins(self, training: bool, batch_shape: tuple[int, ...]) -> None:
-        """A forward pass over a batch of this shape is about to run."""
-        trace = self._manager.trace
+    def pass_begins(self, training: bool, batch_shape: tuple[int, ...], pending: bool) -> None:
+        """A forward pass is about to run.
+
+        Args:
+            training: gradients will be asked for.
+            batch_shape: of its largest input tensor.
+            pending: an earlier forward waits for its backward. What it saved may point into resident values, so nothing
+                may move.
+        """
+        self._pending = pending
         self._held_bytes = self._device.memory().non_model_bytes
+        if not pending:
+            if self._manager.phase is not Phase.IDLE:
+                self._manager.abort_pass()  # a forward that nobody took backward
+            self._prepare(training, batch_shape)
+        self._manager.begin_pass(training, batch_shape)
+
+    def _prepare(self, training: bool, batch_shape: tuple[int, ...]) -> None:
+        trace = self._manager.trace
         if trace is not None and not trace.covers(batch_shape):
             self.offload_everything()  # nobody knows what this larger batch needs: warm up again
         elif training and (self.needs_plan or self._held_bytes > self._planned_held_bytes):
             self._replan()
-        self._manager.begin_pass(training, batch_shape)
 
     def backward_ends(self) -> None:
         """A training pass was recorded whole."""
@@ -86,7 +101,7 @@ class PassPlanner:
             Whether anything has changed, so that a pass that ran out of memory is worth another try.
         """
         plan = self._manager.plan
-        if self._policy.name != "auto" or plan is None:
+        if self._policy.name != "auto" or plan is None or self._pending:
             return False
         self.needs_plan = True
         if not plan.reserve_bytes and not any(p.resident_numel or p.companion_numel for p in plan.placements):

@@ -50,24 +50,17 @@ class Stored:
         """The values in memory, read once: everybody gets the same storage."""
         if self._values is None:
             values = torch.empty(self.shape, dtype=self.dtype, device="cpu")
-            self.weights.read_into(self.name, values, self.dtype)
+            self.weights.read_into(self.name, values, through=self.dtype)
             self._values = values
         return self._values
 
     def read_into(self, targets: list[torch.Tensor]) -> None:
-        """Writes the values into tensors of this shape and any dtypes, the file being read once where possible."""
-        if self._values is not None:
-            for target in targets:
-                target.copy_(self._values)
+        """Writes the values into tensors of this shape and any dtypes."""
+        if self._values is None:
+            self.weights.read_into(self.name, *targets, through=self.dtype)
             return
-        first = next((target for target in targets if target.dtype == self.dtype), None)
-        if first is not None:
-            self.weights.read_into(self.name, first)
         for target in targets:
-            if first is None:
-                self.weights.read_into(self.name, target, self.dtype)
-            elif target is not first:
-                target.copy_(first)
+            target.copy_(self._values)
 
     def equals(self, other: Stored) -> bool:
         """``torch.equal`` of two tensors of one shape and dtype, block by block."""

@@ -62,8 +62,16 @@ class PlannedRun:
         return self.plan
 
 
-def plan_run(config: Config, device: Device, tokenizer: Any = None) -> PlannedRun | None:
+def plan_run(
+    config: Config, device: Device, tokenizer: Any = None, host_available_bytes: int | None = None
+) -> PlannedRun | None:
     """Walks one micro-batch of the config's shape through the model without loading it.
+
+    Args:
+        config: of the run.
+        device: that it is planned for.
+        tokenizer: of the run, for a model given inline.
+        host_available_bytes: of the machine that it is planned for; by default what this one has free.
 
     Returns:
         What was found; None where the model's forward depends on data (it branches on values), so that only the
@@ -85,7 +93,8 @@ def plan_run(config: Config, device: Device, tokenizer: Any = None) -> PlannedRu
             "this model cannot be walked through without data (%s); its warm-up will tell", type(error).__name__
         )
         return None
-    return decide(config, make_policy(config, device), facts, trace, device.capacity_bytes, num_parameters)
+    policy = make_policy(config, device)
+    return decide(config, policy, facts, trace, device.capacity_bytes, num_parameters, host_available_bytes)
 
 
 def dry_trace(
@@ -112,7 +121,13 @@ def dry_trace(
 
 
 def decide(
-    config: Config, policy: Policy, facts: list[ChunkFacts], trace: Trace, capacity_bytes: int, num_parameters: int
+    config: Config,
+    policy: Policy,
+    facts: list[ChunkFacts],
+    trace: Trace,
+    capacity_bytes: int,
+    num_parameters: int,
+    host_available_bytes: int | None = None,
 ) -> PlannedRun:
     """The policy's answer for a capacity, and what the host must hold."""
     plan: Plan | None = None
@@ -124,7 +139,7 @@ def decide(
     on_device = (plan.resident_parameter_bytes + plan.device_optimizer_bytes) if plan is not None else 0
     total_bytes = sum(fact.value_bytes + fact.companion_bytes for fact in facts)
     host_bytes = max(0, total_bytes - on_device)
-    available_bytes = host_memory().available_bytes
+    available_bytes = host_available_bytes or host_memory().available_bytes
     limit_bytes = min(available_bytes, config.memory.host or available_bytes)
     if refusal is None and host_bytes > limit_bytes:
         refusal = _host_refusal(facts, host_bytes, limit_bytes)

@@ -5,19 +5,25 @@ Mapped pages count as resident memory, so a mapped file beside the chunks would 
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from gemini.hostinfo import cpu_count
 from zero.errors import UserError
 from zero.safetensors_header import StoredTensor, damaged, parse_header
 
-BLOCK_BYTES = 4 << 20
-"""Bytes of one read where values must be cast: small enough to stay in cache between read and cast."""
+_PART_BYTES = 2 << 20
+"""What one thread reads and casts at a time: small enough to stay in cache between the two."""
+_SERIAL_NUMEL = 1 << 15
+"""Most elements that torch copies without asking other threads for help."""
+_MAX_THREADS = 4
 _READ_BYTES = 1 << 30
 """Most bytes of one system call (Linux stops at 2 GiB)."""
 
@@ -71,33 +77,58 @@ class SafetensorsFile:
         self.read_into(name, target)
         return target
 
-    def read_into(self, name: str, target: torch.Tensor, through: torch.dtype | None = None) -> None:
-        """Writes the stored values into a tensor on the host, block by block where they must be cast.
+    def read_into(
+        self, name: str, target: torch.Tensor, *more: torch.Tensor, through: torch.dtype | None = None
+    ) -> None:
+        """Writes the stored values into tensors on the host, the file being read once.
 
         Args:
             name: of the tensor.
             target: of the stored shape and any dtype. Where its elements do not lie in row-major order, one temporary
                 of the whole tensor is made.
-            through: cast to this dtype first and from there to the target's, as a model of that dtype would have it.
+            more: further targets.
+            through: cast to this dtype first and from there to the targets', as a model of that dtype would have it.
 
         Raises:
             UserError: the file ended early.
             ValueError: the shapes differ.
         """
         stored = self._tensors[name]
-        if target.shape != stored.shape:
-            raise ValueError(f"{name} has shape {tuple(stored.shape)}, the target {tuple(target.shape)}")
-        if not target.is_contiguous():
-            whole = torch.empty(stored.shape, dtype=through or stored.dtype, device="cpu")
-            self.read_into(name, whole)
-            target.copy_(whole)
+        flat: list[torch.Tensor] = []
+        for each in (target, *more):
+            if each.shape != stored.shape:
+                raise ValueError(f"{name} has shape {tuple(stored.shape)}, the target {tuple(each.shape)}")
+            if not each.is_contiguous():
+                whole = torch.empty(stored.shape, dtype=through or stored.dtype, device="cpu")
+                self.read_into(name, whole)
+                each.copy_(whole)
+            else:
+                flat.append(each.detach().view(-1))
+        part_numel = _PART_BYTES // stored.dtype.itemsize
+        starts = range(0, stored.shape.numel() if flat else 0, part_numel)
+        job = functools.partial(self._read_part, stored, flat, through or stored.dtype, part_numel)
+        if len(starts) <= 1 or (num_threads := min(_MAX_THREADS, cpu_count())) == 1:
+            for start in starts:
+                job(start)
             return
-        flat = target.detach().view(-1)
-        if {target.dtype, through or target.dtype} == {stored.dtype}:
-            self._fill(stored, flat, 0)
-            return
-        for start, block in self.blocks(name, through):
-            flat[start : start + block.numel()].copy_(block)
+        with ThreadPoolExecutor(num_threads) as pool:
+            for _ in pool.map(job, starts):
+                pass
+
+    def _read_part(
+        self, stored: StoredTensor, targets: list[torch.Tensor], through: torch.dtype, part_numel: int, start: int
+    ) -> None:
+        """Reads some elements straight into the target of the stored dtype, or into a buffer; the others get copies."""
+        parts = [target[start : start + part_numel] for target in targets]
+        home = next((part for part in parts if part.dtype == stored.dtype == through), None)
+        values = torch.empty(parts[0].numel(), dtype=stored.dtype, device="cpu") if home is None else home
+        self._fill(stored, values, start)
+        others = [part for part in parts if part is not home]
+        # Blocks that torch copies in this very thread: several threads with a team of helpers each hinder one another.
+        for at in range(0, values.numel() if others else 0, _SERIAL_NUMEL):
+            block = values[at : at + _SERIAL_NUMEL].to(through)
+            for part in others:
+                part[at : at + _SERIAL_NUMEL].copy_(block)
 
     def blocks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """The values in 1-D blocks, each with the index of its first element; a block is overwritten by the next.
@@ -107,7 +138,7 @@ class SafetensorsFile:
             dtype: cast to it; None for the stored one.
         """
         stored = self._tensors[name]
-        numel, block_numel = stored.shape.numel(), max(1, BLOCK_BYTES // stored.dtype.itemsize)
+        numel, block_numel = stored.shape.numel(), _PART_BYTES // stored.dtype.itemsize
         staging = torch.empty(min(numel, block_numel), dtype=stored.dtype, device="cpu")
         for start in range(0, numel, block_numel):
             block = staging[: min(block_numel, numel - start)]

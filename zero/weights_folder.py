@@ -76,9 +76,11 @@ class ShardedWeights:
         """A new tensor with the stored values."""
         return self._file_of[name].read(name)
 
-    def read_into(self, name: str, target: torch.Tensor, through: torch.dtype | None = None) -> None:
+    def read_into(
+        self, name: str, target: torch.Tensor, *more: torch.Tensor, through: torch.dtype | None = None
+    ) -> None:
         """See :meth:`zero.safetensors_reader.SafetensorsFile.read_into`."""
-        self._file_of[name].read_into(name, target, through)
+        self._file_of[name].read_into(name, target, *more, through=through)
 
     def blocks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """See :meth:`zero.safetensors_reader.SafetensorsFile.blocks`."""

@@ -37,7 +37,7 @@ not fit) is refused before the run folder is made. Results go to train.output_di
 config: the resolved config, metrics, a picture of the memory, checkpoints, and a Hugging Face folder model/.""",
     "plan": """\
 Walks one micro-batch through the model on tensors without memory, and says what the run will need on the device and on
-the host. Needs no accelerator; on a machine without one, say which card is meant: --device.memory 24GiB.
+the host. Needs no accelerator; say which machine is meant: --device.memory 24GiB --memory.host 120GiB.
 Exit code 0: it fits; 2: it does not, with the table of who needs what and the smallest change that would fit.""",
     "validate": """\
 Checks a config and prints it with every default filled in. All problems are listed at once.""",

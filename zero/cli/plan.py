@@ -21,7 +21,8 @@ def plan_text(config: Config) -> tuple[str, bool]:
     """
     device = make_device(config)
     tokenizer = build_tokenizer(config) if config.model.config is not None else None
-    planned = plan_run(config, device, tokenizer)
+    # A plan may be for another machine: what memory.host says is then believed. A run looks at what is free.
+    planned = plan_run(config, device, tokenizer, host_available_bytes=config.memory.host)
     if planned is None:
         return (
             "this model's forward depends on the values it computes, so it cannot be walked through without data; "
@@ -57,7 +58,8 @@ def _byte_rows(config: Config, planned: PlannedRun, capacity_bytes: int) -> list
             ("to the device per micro-batch", format_bytes(plan.predicted_h2d_bytes)),
         ]
     pinned = config.memory.pin and torch.accelerator.is_available()
-    host = f"{format_bytes(planned.host_bytes)} of {format_bytes(planned.host_available_bytes)} available"
+    host_source = "given as memory.host" if config.memory.host else "available"
+    host = f"{format_bytes(planned.host_bytes)} of {format_bytes(planned.host_available_bytes)} {host_source}"
     rows.append(("host", host + (", pinned" if pinned else "")))
     rows.append(("disk", "0 B"))
     return rows
