@@ -97,7 +97,7 @@ class Chunk:
         # Recorded by the fetch stream after the last fetch; computation waits on it at the first acquire.
         self._fetched: Event | None = None
         self.step = 0
-        placeholder = torch.full((1,), _poison(layout.dtype), dtype=layout.dtype, device=store.device.torch_device)
+        placeholder = torch.full((), _poison(layout.dtype), dtype=layout.dtype, device=store.device.torch_device)
         self._placeholders = [placeholder.expand(e.spec.shape) for e in layout.entries]
         self._bind_placeholders()
 

@@ -64,7 +64,8 @@ def largest_gathered_bytes(facts: list[ChunkFacts], placements: list[Placement])
 
 
 def _resident(fact: ChunkFacts, placement: Placement) -> bool:
-    return placement.resident_numel >= fact.numel
+    """Whether the chunk is used where it lies. Companions cut in two cut the values too: they must then be gathered."""
+    return placement.resident_numel >= fact.numel and placement.companion_numel in (0, fact.numel)
 
 
 def _needs(facts: list[ChunkFacts], placements: list[Placement], trace: Trace) -> list[int]:

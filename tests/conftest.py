@@ -9,6 +9,8 @@ import torch
 
 from gemini import simulated
 
+pytest.register_assert_rewrite("tests.reference", "tests.exactness")
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:

@@ -170,6 +170,8 @@ class Reference:
 
 def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
     """Floating parameters and persistent buffers to a dtype, as ``from_pretrained(dtype=...)`` has it."""
+    if dtype == torch.float32:
+        return
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and parameter.is_floating_point():
@@ -291,7 +293,7 @@ def finish(engine: Any, run: Run) -> Run:
     run.num_skipped = engine.num_skipped_steps
     run.extra |= {"report": engine.memory_report(), "plan": engine.plan, "trace": engine.manager.trace}
     if engine.optimizer is not None:
-        run.states = states_of(engine.optimizer, trainable(engine.module))
+        run.states = states_of(engine.optimizer, dict(engine.module.named_parameters()))
     engine.close()
     return run
 

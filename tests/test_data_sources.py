@@ -30,7 +30,7 @@ PAIRS = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "", "completion": "fr
 
 @pytest.fixture(autouse=True)
 def _no_look_at_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_hub_has_address", lambda: True)
+    monkeypatch.setattr(hub, "hub_has_address", lambda: True)
 
 
 def jsonl(rows: list[dict[str, Any]]) -> str:
@@ -283,7 +283,7 @@ def test_without_a_network_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     before = datasets.config.HF_HUB_OFFLINE
     for has_address in (False, True):
-        monkeypatch.setattr(hub, "_hub_has_address", lambda has_address=has_address: has_address)
+        monkeypatch.setattr(hub, "hub_has_address", lambda has_address=has_address: has_address)
         with pytest.raises(DataError):
             load_records("owner/set")
     assert seen == [True, before]

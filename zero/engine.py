@@ -118,7 +118,7 @@ class Engine:
         undo.callback(self._dissolve)
         self._tensors = managed.tensors
         self.facts = managed.facts
-        self._ordered = [managed.tensors[id(p)] for p in self.module.parameters() if id(p) in managed.tensors]
+        self._ordered = [managed.tensors.get(id(p), p) for p in self.module.parameters()]
         self._hooks = ModelHooks(
             self.module,
             managed.units,
@@ -215,8 +215,13 @@ class Engine:
         self._micro_step = 0
         self._at_loader_end = False
         self.manager.release_stale()
-        for tensor in self._ordered:
+        for tensor in self._tensors.values():
             settle_gradient(tensor)
+            if tensor.parameter.requires_grad and not tensor.chunk.layout.trainable:
+                raise UserError(
+                    f"parameter {tensor.name} began to require gradients after zero.initialize(), which took it over as "
+                    "frozen; close() the engine and initialize again"
+                )
         inverse_scale = 1.0 / self.scaler.scale
         statistics = gradient_statistics(self._ordered, inverse_scale)
         self.grad_norm = statistics.norm
@@ -255,8 +260,11 @@ class Engine:
         if self._micro_step == 0:
             self._hooks.settle_interrupted_forward()
             self._hooks.settle_failed_backward()
-            for tensor in self._ordered:
-                forget_gradient(tensor)
+            for parameter in self._ordered:
+                if isinstance(parameter, ChunkTensor):
+                    forget_gradient(parameter)
+                else:
+                    parameter.grad = None
             self.manager.drop_gradients()
 
     def train(self, mode: bool = True) -> Engine:

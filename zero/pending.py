@@ -88,7 +88,7 @@ class PendingTensor(torch.Tensor):
     def of(stored: Stored) -> PendingTensor:
         """A new one."""
         floating = stored.dtype.is_floating_point or stored.dtype.is_complex
-        one = torch.full((1,), float("nan") if floating else 0, dtype=torch.float32, device="cpu").to(stored.dtype)
+        one = torch.full((), float("nan") if floating else 0, dtype=torch.float32, device="cpu").to(stored.dtype)
         tensor: PendingTensor = torch.Tensor._make_subclass(PendingTensor, one.expand(stored.shape))
         tensor._stored = stored
         return tensor

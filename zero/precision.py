@@ -81,16 +81,21 @@ class GradientStatistics:
     finite: bool
 
 
-def gradient_statistics(tensors: Iterable[ChunkTensor], inverse_scale: float) -> GradientStatistics:
+def gradient_statistics(tensors: Iterable[ChunkTensor | torch.Tensor], inverse_scale: float) -> GradientStatistics:
     """The norm as ``torch.nn.utils.clip_grad_norm_`` computes it: per parameter in fp32, then over the norms.
 
     Args:
-        tensors: all parameters in the order of ``model.parameters()``; those without a gradient are passed over.
+        tensors: all parameters in the order of ``model.parameters()``; those without a gradient are passed over. A
+            parameter without elements is in no chunk and stands for itself: its norm of 0 has a place in the sum, whose
+            rounding depends on places.
         inverse_scale: 1 / loss scale.
     """
     norms, finite = [], True
     scratch: dict[torch.device, torch.Tensor] = {}
     for tensor in tensors:
+        if isinstance(tensor, torch.Tensor):
+            norms += [torch.zeros(())] if tensor.grad is not None else []
+            continue
         if not tensor.has_gradient:
             continue
         pieces = gradient_pieces(tensor)

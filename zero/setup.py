@@ -81,7 +81,8 @@ def compute_dtype(parameter: torch.Tensor, dtype: torch.dtype, keep_fp32: bool) 
     """What dtype computations see a parameter in: integers and parameters the model wants in fp32 stay as they are."""
     if not parameter.dtype.is_floating_point or keep_fp32:
         return parameter.dtype
-    return dtype
+    # fp32 asks for no less than the model has.
+    return torch.promote_types(parameter.dtype, dtype) if dtype == torch.float32 else dtype
 
 
 def take_over(
@@ -130,6 +131,7 @@ def take_over(
     tensors = {id(t.parameter): t for chunk in chunks for t in chunk.tensors}
     for tensor in tensors.values():
         manage(tensor.parameter, tensor)  # type: ignore[arg-type]
+    _cast_empty(model, tensors, dtype, device)
     _cast_buffers(model, dtype, device)
     facts = [
         chunk_facts(layout, state_bytes_per_numel, 4 if accumulates else layout.dtype.itemsize) for layout in layouts
@@ -146,6 +148,11 @@ def _spec(name: str, parameter: nn.Parameter, dtype: torch.dtype, keep_fp32: boo
     if parameter.is_complex():
         raise UserError(f"parameter {name} is complex: only real parameters can be managed")
     trainable = parameter.requires_grad
+    if trainable and parameter.dtype == torch.float64:
+        raise UserError(
+            f"parameter {name} is float64, but masters and optimizer states are float32: cast it with .float() if that is "
+            "enough, or freeze it"
+        )
     stride = parameter.stride() if _dense(parameter) else torch.empty(parameter.shape, device="meta").stride()
     return ParameterSpec(name, parameter.shape, stride, compute_dtype(parameter, dtype, keep_fp32), trainable)
 
@@ -177,6 +184,13 @@ def _fp32_names(model: nn.Module, dtype: torch.dtype) -> list[str]:
     if dtype == torch.float16:
         names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return sorted(names)
+
+
+def _cast_empty(model: nn.Module, tensors: dict[int, ChunkTensor], dtype: torch.dtype, device: Device) -> None:
+    """Parameters without elements are in no chunk; they follow the others' dtype and device."""
+    for parameter in model.parameters():
+        if id(parameter) not in tensors:
+            parameter.data = parameter.data.to(device.torch_device, compute_dtype(parameter, dtype, False))
 
 
 def _cast_buffers(model: nn.Module, dtype: torch.dtype, device: Device) -> None:

@@ -378,6 +378,7 @@ class Trainer:
             extra=extra,
             lr_scheduler=scheduler,
             save_total_limit=self.config.train.save_total_limit,
+            tokenizer=self.tokenizer,
         )
 
     def _finish(self, engine: Engine, reporter: Reporter, started_s: float) -> None:

@@ -47,6 +47,10 @@ def _walk(module: nn.Module, label: str, units: list[Unit], seen: set[int]) -> N
 
 
 def _walk_blocks(container: nn.Module, label: str, units: list[Unit], seen: set[int]) -> None:
+    own = Unit(label, container)  # a list may be a subclass with parameters of its own (torch's parametrizations)
+    for name, parameter in container._parameters.items():
+        _add(own, f"{label}.{name}", parameter, seen)
+    units.append(own)
     for name, block in container.named_children():
         unit = Unit(f"{label}.{name}", block)
         for parameter_name, parameter in block.named_parameters(prefix=unit.label):

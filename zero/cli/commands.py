@@ -116,7 +116,7 @@ def generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     overrides = parse_overrides(rest)
     from zero.cli.generate import continue_text
 
-    config = load_config({"model": {"name_or_path": arguments.model}}, overrides)
+    config = load_config({"model": {"name_or_path": arguments.model}}, overrides, require=("model",))
     sys.stdout.write(continue_text(config, arguments) + "\n")
     return 0
 

@@ -10,7 +10,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from gemini.plan import DoesNotFitError
 from zero.cli import commands
 from zero.cli.parser import make_parser
 from zero.config.words import nearest
@@ -39,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace, list[str]], int] = arguments.run
     try:
         return run(arguments, rest)
-    except (UserError, DoesNotFitError) as error:
+    except ValueError as error:
+        if not _is_the_users(error):
+            raise
         sys.stderr.write(f"zero: {error}\n")
         return EXIT_WRONG_INPUT
     except commands.RunFailed as error:
@@ -48,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("zero: interrupted\n")
         return EXIT_INTERRUPTED
+
+
+def _is_the_users(error: ValueError) -> bool:
+    # Not imported here: that would bring torch, and `zero validate` shall answer at once. What was never imported was
+    # never raised.
+    plan = sys.modules.get("gemini.plan")
+    return isinstance(error, UserError) or (plan is not None and isinstance(error, plan.DoesNotFitError))
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:

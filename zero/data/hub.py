@@ -99,14 +99,15 @@ def _short_wait_without_network() -> Iterator[None]:
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or not _hub_has_address()
+    datasets.config.HF_HUB_OFFLINE = before or not hub_has_address()
     try:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _hub_has_address() -> bool:
+def hub_has_address() -> bool:
+    """Whether the Hub's name can be resolved, or a proxy does it; False says for certain that there is no network."""
     if urllib.request.getproxies():
         return True
     host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname

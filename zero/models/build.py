@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from zero.config.schema import Config
+from zero.data.hub import hub_has_address
 from zero.data.tokenizer import builtin_tokenizer
 from zero.errors import UserError
 
@@ -32,7 +33,10 @@ def build_tokenizer(config: Config) -> Any:
 
     with _explained("model.tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=_revision(config, source), trust_remote_code=config.model.trust_remote_code
+            source,
+            revision=_revision(config, source),
+            trust_remote_code=config.model.trust_remote_code,
+            **_network(source),
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -52,7 +56,10 @@ def model_config(config: Config, tokenizer: Any = None) -> Any:
         name = _name(config)
         with _explained("model.name_or_path", name):
             return AutoConfig.from_pretrained(
-                name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+                name,
+                revision=config.model.revision,
+                trust_remote_code=config.model.trust_remote_code,
+                **_network(name),
             )
     fields = dict(config.model.config)
     model_type = fields.pop("model_type")
@@ -83,6 +90,7 @@ def build_model(config: Config, tokenizer: Any = None) -> nn.Module:
         from zero.context import ZeroInitContext
 
         name = _name(config)
+        options |= _network(name)
         with _explained("model.name_or_path", name), ZeroInitContext():
             # "main" and not None: only then does transformers look for the safetensors copy that the Hub's bot makes
             # of a model whose main branch holds pickles (facebook/opt-* are such models).
@@ -140,6 +148,11 @@ def _name(config: Config) -> str:
 
 def _revision(config: Config, source: str) -> str | None:
     return config.model.revision if source == config.model.name_or_path else None
+
+
+def _network(name: str) -> dict[str, bool]:
+    """Without a network the Hub's client retries for half a minute: then only its cache is asked, at once."""
+    return {} if Path(name).exists() or hub_has_address() else {"local_files_only": True}
 
 
 @contextlib.contextmanager

@@ -113,11 +113,7 @@ class NativeKernel:
             ValueError: A tensor or a number is not as described.
         """
         numel = check_tensors({"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, grad, out)
-        threads = torch.get_num_threads() if num_threads is None else num_threads
-        if threads < 1:
-            raise ValueError(f"num_threads must be at least 1, not {threads}")
-        if self.uses_openmp and os.getpid() != self._process_id:
-            threads = 1  # GNU OpenMP waits for ever for the threads that stayed with the parent
+        threads = self._num_threads(num_threads)
         scalars = make_scalars(lr, betas, eps, weight_decay, step, grad_scale, decoupled, maximize)
         if numel == 0:
             return
@@ -133,6 +129,14 @@ class NativeKernel:
             scalars,
         )
         self.run(call, numel, threads)
+
+    def _num_threads(self, wish: int | None) -> int:
+        threads = torch.get_num_threads() if wish is None else wish
+        if threads < 1:
+            raise ValueError(f"num_threads must be at least 1, not {threads}")
+        if self.uses_openmp and os.getpid() != self._process_id:
+            return 1  # GNU OpenMP waits for ever for the threads that stayed with the parent
+        return threads
 
     def run(self, call: Call, numel: int, num_threads: int = 1) -> None:
         """Make the step ``call`` describes, unchecked; :meth:`adamw` is the safe way."""
