@@ -87,6 +87,7 @@ class Device(ABC):
     def _count_model_data(self, delta_bytes: int) -> None:
         self.model_data_bytes += delta_bytes
         self.model_data_peak_bytes = max(self.model_data_peak_bytes, self.model_data_bytes)
+        self._after_change()
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A 1-D buffer for model data, uninitialised.
@@ -131,6 +132,9 @@ class Device(ABC):
 
     def _before_change(self) -> None:  # noqa: B027 - most devices count non-model bytes by themselves
         """Model data is about to grow or shrink: until now its bytes were constant since the last change."""
+
+    def _after_change(self) -> None:  # noqa: B027 - likewise
+        """Model data has grown or shrunk, and is counted."""
 
     @abstractmethod
     def memory(self) -> DeviceMemory:
@@ -326,6 +330,9 @@ class AcceleratorDevice(Device):
         peak_bytes = torch.accelerator.max_memory_allocated(self.torch_device)
         self._window_peak_bytes = max(self._window_peak_bytes, peak_bytes)
         self._window_non_model_bytes = max(self._window_non_model_bytes, peak_bytes - self.model_data_bytes)
+
+    def _after_change(self) -> None:
+        """What has just gone is in the allocator's peak and no longer in the model data."""
         torch.accelerator.reset_peak_memory_stats(self.torch_device)
 
     def memory(self) -> DeviceMemory:

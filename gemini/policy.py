@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from gemini.plan import ChunkFacts, DoesNotFitError, Plan, offload_all, persistent_bytes
 from gemini.search import Search, static_placements
 from gemini.segment import Placement
-from gemini.timeline import HardwareProfile, largest_gathered_bytes, replay, required_bytes, with_prediction
+from gemini.timeline import (
+    HardwareProfile,
+    largest_gathered_bytes,
+    replay,
+    required_bytes,
+    used_in_place,
+    with_prediction,
+)
 from gemini.trace import Trace
 from gemini.units import format_bytes
 
@@ -98,7 +105,7 @@ def does_not_fit(facts: list[ChunkFacts], plan: Plan, trace: Trace, capacity_byt
         rows.append(("parameters gathered at once", "device", worst.gathered_peak_bytes, note))
         rows.append(("activations and temporaries", "device", worst.non_model_peak_bytes, note))
     else:
-        gathered = [f for f, p in zip(facts, plan.placements, strict=True) if p.resident_numel < f.numel]
+        gathered = [f for f, p in zip(facts, plan.placements, strict=True) if not used_in_place(f, p)]
         note = max(gathered, key=lambda fact: fact.value_bytes).unit_name if gathered else "all parameters stay"
         rows.append(("largest chunk", "device", largest_gathered_bytes(facts, plan.placements), note))
     known_bytes = max(sum(num_bytes for _, _, num_bytes, _ in rows), required_bytes(facts, plan.placements, trace))

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
-from gemini.plan import ChunkFacts, offload_all
+from gemini.plan import ChunkFacts, offload_all, persistent_bytes
 from gemini.segment import Placement
-from gemini.timeline import HardwareProfile, Prediction, replay, required_bytes
+from gemini.timeline import HardwareProfile, Prediction, replay, transient_bytes, used_in_place
 from gemini.trace import NextUse, Trace
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -61,6 +61,7 @@ class Search:
         self._all_before = [0, *accumulate(fact.numel for fact in facts)]
         self._trained_before = [0, *accumulate(trained)]
         self._tried: set[tuple[Placement, ...]] = set()
+        self._transient: dict[tuple[bool, ...], int] = {}
         self.placements = offload_all("auto", facts).placements
         self.prediction = self._predict(self.placements)
 
@@ -71,9 +72,11 @@ class Search:
         for parameters in FRACTIONS:
             for optimizer in FRACTIONS:
                 self._try(static_placements(self._facts, parameters, optimizer))
-        for companion_numel in self._companion_counts():
+        for companion_numel in _some(self._trained_before):
             for resident_numel in self._resident_counts(companion_numel):
                 self._try(self._leading(resident_numel, companion_numel))
+        for resident_numel in _some(self._all_before):
+            self._try(self._leading(resident_numel, self._most_companions(resident_numel, 0)))
         self._refine()
 
     def _predict(self, placements: list[Placement]) -> Prediction:
@@ -81,7 +84,11 @@ class Search:
 
     def _fits(self, placements: list[Placement]) -> bool:
         # What stays is put there of our own accord: it must not be what a slightly larger pass then lacks.
-        return required_bytes(self._facts, placements, self._trace, with_margin=True) <= self._capacity_bytes
+        pairs = zip(self._facts, placements, strict=True)
+        key = (*(used_in_place(f, p) for f, p in pairs), any(p.companion_numel for p in placements))
+        if key not in self._transient:
+            self._transient[key] = transient_bytes(self._facts, placements, self._trace, with_margin=True)
+        return sum(persistent_bytes(self._facts, placements)) + self._transient[key] <= self._capacity_bytes
 
     def _try(self, placements: list[Placement]) -> None:
         key = tuple(placements)
@@ -100,12 +107,6 @@ class Search:
             companions = min(fact.numel, max(0, companion_numel - self._trained_before[index]))
             placements.append(Placement(resident, companions if fact.companion_bytes_per_numel else 0))
         return placements
-
-    def _companion_counts(self) -> list[int]:
-        """Borders of trained chunks, at most about 40 of them."""
-        borders = sorted(set(self._trained_before))
-        stride = max(1, len(borders) // _MOST_COUNTS)
-        return sorted({*borders[::stride], borders[-1]})
 
     def _resident_counts(self, companion_numel: int) -> Iterator[int]:
         """Numbers of resident elements worth trying beside these companions: the most that fits, and less."""
@@ -152,3 +153,9 @@ class Search:
             else:
                 high = middle - 1
         return low
+
+
+def _some(borders: list[int]) -> list[int]:
+    """At most about 40 of the borders between chunks, the first and the last among them."""
+    different = sorted(set(borders))
+    return sorted({*different[:: max(1, len(different) // _MOST_COUNTS)], different[-1]})

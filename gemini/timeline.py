@@ -49,28 +49,38 @@ def required_bytes(
         trace: of one pass.
         with_margin: leave room for activations to grow from pass to pass (:attr:`Moment.reserve_bytes`).
     """
+    return sum(persistent_bytes(facts, placements)) + transient_bytes(facts, placements, trace, with_margin)
+
+
+def transient_bytes(
+    facts: list[ChunkFacts], placements: list[Placement], trace: Trace, with_margin: bool = False
+) -> int:
+    """The part of :func:`required_bytes` that comes and goes: activations, gathered copies, temporaries of a step.
+
+    It depends on which chunks are resident as a whole, and on whether any companions are on the device.
+    """
     needs = _needs(facts, placements, trace)
     if with_margin:
         needs = [n + m.reserve_bytes - m.non_model_peak_bytes for n, m in zip(needs, trace.moments, strict=True)]
-    need_bytes = max(needs, default=0)
+    need_bytes = max(*needs, 0, largest_gathered_bytes(facts, placements))
     if any(placement.companion_numel for placement in placements):
         need_bytes = max(need_bytes, trace.step_peak_bytes)
-    return sum(persistent_bytes(facts, placements)) + max(need_bytes, largest_gathered_bytes(facts, placements))
+    return need_bytes
 
 
 def largest_gathered_bytes(facts: list[ChunkFacts], placements: list[Placement]) -> int:
     """Bytes of the largest chunk that must be gathered to be read."""
-    return max((f.value_bytes for f, p in zip(facts, placements, strict=True) if not _resident(f, p)), default=0)
+    return max((f.value_bytes for f, p in zip(facts, placements, strict=True) if not used_in_place(f, p)), default=0)
 
 
-def _resident(fact: ChunkFacts, placement: Placement) -> bool:
+def used_in_place(fact: ChunkFacts, placement: Placement) -> bool:
     """Whether the chunk is used where it lies. Companions cut in two cut the values too: they must then be gathered."""
     return placement.resident_numel >= fact.numel and placement.companion_numel in (0, fact.numel)
 
 
 def _needs(facts: list[ChunkFacts], placements: list[Placement], trace: Trace) -> list[int]:
     """Bytes beside what stays that each moment cannot do without."""
-    gathered_bytes = [0 if _resident(f, p) else f.value_bytes for f, p in zip(facts, placements, strict=True)]
+    gathered_bytes = [0 if used_in_place(f, p) else f.value_bytes for f, p in zip(facts, placements, strict=True)]
     were_resident = set(trace.resident)
     needs = []
     for moment in trace.moments:
@@ -107,7 +117,7 @@ def replay(
     next_use = next_use or NextUse(trace)
     persistent = sum(persistent_bytes(facts, placements))
     needs = _needs(facts, placements, trace)
-    held_numel = [0 if _resident(f, p) else f.numel for f, p in zip(facts, placements, strict=True)]
+    held_numel = [0 if used_in_place(f, p) else f.numel for f, p in zip(facts, placements, strict=True)]
     gathered = _Gathered([n * f.value_itemsize for n, f in zip(held_numel, facts, strict=True)], next_use)
     peak = persistent
     for position, moment in enumerate(trace.moments):

@@ -5,7 +5,7 @@
     python -m tests.host_memory_case load FOLDER      streams it into an engine
     python -m tests.host_memory_case read FOLDER      reads its file into memory, to compare the time
 
-Each prints one line of JSON.
+Each prints one line of JSON. The simulated device's memory is host memory too; ``train 1536`` gives it 1536 MiB.
 """
 
 from __future__ import annotations
@@ -25,10 +25,6 @@ import zero.initializer  # everything is imported before memory is measured
 from gemini.hostinfo import peak_rss_bytes, process_rss_bytes
 from zero.optim.native import load_native
 
-import os
-
-DEVICE_BYTES = int(os.environ.get("DEV", 1536)) << 20
-
 
 def opt_350m() -> OPTConfig:
     """The shapes of facebook/opt-350m: post-norm, embeddings of 512 projected to 1024, tied."""
@@ -45,9 +41,9 @@ def opt_350m() -> OPTConfig:
     )
 
 
-def engine_config() -> dict[str, Any]:
+def engine_config(device_mib: int = 512) -> dict[str, Any]:
     return {
-        "device": {"type": "simulated", "memory": DEVICE_BYTES},
+        "device": {"type": "simulated", "memory": device_mib << 20},
         "memory": {"policy": "cpu"},
         "precision": {"dtype": "bf16"},
         "train": {"max_grad_norm": 1.0},
@@ -66,14 +62,14 @@ def num_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def train() -> dict[str, Any]:
+def train(device_mib: int = 512) -> dict[str, Any]:
     baseline_bytes = warm_up()
     torch.manual_seed(0)
     model = OPTForCausalLM(opt_350m())
     total = num_parameters(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     built_bytes = peak_rss_bytes()
-    engine, *_ = zero.initialize(model, optimizer, config=engine_config())
+    engine, *_ = zero.initialize(model, optimizer, config=engine_config(device_mib))
     taken_bytes = process_rss_bytes()
     ids = torch.randint(4, 50000, (1, 16))
     losses = []
@@ -134,4 +130,5 @@ def read(folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     case = {"train": train, "save": save, "load": load, "read": read}[sys.argv[1]]
-    sys.stdout.write(json.dumps(case(*map(Path, sys.argv[2:]))) + "\n")
+    arguments = [int(text) if text.isdigit() else Path(text) for text in sys.argv[2:]]
+    sys.stdout.write(json.dumps(case(*arguments)) + "\n")

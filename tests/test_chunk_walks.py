@@ -6,9 +6,13 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from memory_case import ADAM_BYTES, build, close, gradient_like, spec
+from memory_case import ADAM_BYTES, ROOMY_BYTES, build, close, gradient_like, spec
+from pass_case import Driver, Pass, fill_states, passes
 
 from gemini.chunk import ChunkTensor
+from gemini.manager import Phase
+from gemini.plan import Plan, offload_all
+from gemini.policy import Policy, least_capacity_bytes
 from gemini.segment import GRADIENT, MASTER, Placement
 from gemini.simulated import StreamOrder
 from gemini.state import Move, TensorState
@@ -159,3 +163,110 @@ class ChunkWalk(RuleBasedStateMachine):
 
 ChunkWalk.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 test_any_legal_walk_is_exact = ChunkWalk.TestCase
+
+
+class ManagerWalk(RuleBasedStateMachine):
+    """Passes of any shape, evaluations, aborts, plans, updates and idle writes in any order, on a small device."""
+
+    @initialize(low=st.booleans(), order=st.sampled_from(list(StreamOrder)), seed=st.integers(0, 99), data=st.data())
+    def start(self, low: bool, order: StreamOrder, seed: int, data: st.DataObject) -> None:
+        dtype = torch.bfloat16 if low else torch.float32
+        frozen = data.draw(st.integers(0, 3))
+        units = [
+            [
+                spec(f"{i}.a", 4, dtype=dtype, trainable=i != frozen),
+                spec(f"{i}.b", 2, dtype=dtype, trainable=i != frozen),
+            ]
+            for i in range(4)
+        ]
+        self.house = build(units, order=order, seed=seed)
+        fill_states(self.house)
+        self.manager = self.house.manager
+        self.driver = Driver(self.house)
+        self.driver.apply(offload_all("test", self.house.facts))
+        self.policy = Policy()
+
+    @rule(steps=passes(4), rows=st.integers(1, 3))
+    def train(self, steps: Pass, rows: int) -> None:
+        self.driver.run(steps, rows=rows)
+
+    @rule(steps=passes(4))
+    def evaluate(self, steps: Pass) -> None:
+        self.driver.run(steps, training=False)
+
+    @rule(steps=passes(4), at=st.integers(0, 9))
+    def abort(self, steps: Pass, at: int) -> None:
+        """A pass that breaks off at some moment, inside a module."""
+        part = steps[: at + 1]
+        self.manager.begin_pass(True, (1,))
+        self.manager.enter("root")
+        for step in part:
+            if step.phase == "forward":
+                self.driver.forward(step)
+            else:
+                if self.manager.phase is Phase.FORWARD:
+                    self.manager.begin_backward()
+                self.driver.backward(step)
+        self.manager.enter("broken")
+        self.manager.read(self.house.tensors[at % 8])
+        self.manager.abort_pass()
+        assert not any(chunk.in_use for chunk in self.house.chunks)
+
+    @precondition(lambda self: self.manager.trace is not None)
+    @rule(extra=st.integers(0, 400))
+    def replan(self, extra: int) -> None:
+        """The plan of ``auto`` for a device hardly larger than needed, which the next passes may outgrow."""
+        self.house.device.capacity_bytes = least_capacity_bytes(self.house.facts, self.manager.trace) + extra
+        plan = self.policy.decide(self.house.facts, self.manager.trace, self.house.device.capacity_bytes)
+        self.house.device.capacity_bytes = ROOMY_BYTES
+        self.driver.apply(plan)
+
+    @rule(placed=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=4, max_size=4))
+    def place(self, placed: list[tuple[int, int]]) -> None:
+        self.driver.apply(Plan("test", [Placement(*numels) for numels in placed]))
+
+    @rule(index=st.integers(0, 7), value=st.integers(-9, 9))
+    def write_between(self, index: int, value: int) -> None:
+        tensor = self.house.tensors[index]
+        self.manager.read(tensor)
+        with torch.no_grad():
+            tensor.parameter.fill_(float(value))
+        self.house.originals[tensor.name] = torch.full(tensor.entry.spec.shape, float(value))
+
+    @rule(index=st.integers(0, 7))
+    def read_between(self, index: int) -> None:
+        self.manager.read(self.house.tensors[index])
+        self.driver.looks_right(self.house.tensors[index])
+
+    @rule()
+    def update(self) -> None:
+        """A step of an optimizer: every trained master moves, and its values follow."""
+        self.manager.release_stale()
+        for tensor in self.house.tensors:
+            if tensor.has_gradient:
+                values = self.house.originals[tensor.name] + 0.37
+                self.manager.write(tensor, values)
+                self.house.originals[tensor.name] = values
+        self.driver.zero_grad()
+
+    @invariant()
+    def all_is_exact(self) -> None:
+        if not hasattr(self, "driver"):
+            return
+        self.manager.check_integrity()
+        self.driver.check_sums()
+        assert self.manager.phase is Phase.IDLE
+        if not any(tensor.is_shown for tensor in self.house.tensors):
+            for tensor in self.house.tensors:
+                values = self.house.originals[tensor.name]
+                assert torch.equal(tensor.chunk.values_of(tensor), values.to(tensor.entry.spec.dtype))
+                if tensor.chunk.layout.trainable:
+                    assert torch.equal(tensor.chunk.companion_of(tensor, MASTER), values)
+
+    def teardown(self) -> None:
+        if hasattr(self, "house"):
+            close(self.house)
+
+
+ManagerWalk.TestCase.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
+test_any_order_of_passes_plans_and_writes_is_exact = ManagerWalk.TestCase

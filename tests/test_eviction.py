@@ -106,8 +106,8 @@ def test_predicted_fetches_evictions_and_peaks_are_the_managers(data: st.DataObj
     fill_states(house)
     steps = data.draw(passes(len(house.chunks)))
     placements = [
-        Placement(data.draw(st.sampled_from([0, 0, c.numel, c.numel // 2])), data.draw(st.sampled_from([0, c.numel])))
-        for c in house.chunks
+        Placement(*(data.draw(st.sampled_from([0, 0, chunk.numel, chunk.numel // 2])) for _ in range(2)))
+        for chunk in house.chunks
     ]
     driver = _warmed_up(house, steps, placements)
     trace, plan, facts = house.manager.trace, house.manager.plan, house.facts

@@ -122,14 +122,14 @@ def _close() -> None:
 
 def _patch_transformers() -> list[_Patch]:
     try:
-        from transformers import PreTrainedModel
-        from transformers.models.auto.auto_factory import _BaseAutoModelClass
+        from transformers import AutoModelForCausalLM, PreTrainedModel
     except ImportError:
         return []  # no from_pretrained to stream from
     wanted: list[tuple[Any, str, type, Callable[..., Any]]] = [
         (PreTrainedModel, "_load_pretrained_model", staticmethod, _load_weights),
         (PreTrainedModel, "from_pretrained", classmethod, _from_pretrained),
-        (_BaseAutoModelClass, "from_pretrained", classmethod, _auto_from_pretrained),
+        # It asks for the config first, and so is the first to find that a name cannot be had.
+        (AutoModelForCausalLM, "from_pretrained", classmethod, _auto_from_pretrained),
     ]
     for owner, name, kind, _ in wanted:
         if not isinstance(owner.__dict__.get(name), kind):

@@ -157,11 +157,11 @@ class Engine:
         """
         self._require_open()
         self._last_batch = (args, kwargs)
-        start = StartingPoint(self._buffers, self.device.torch_device)
+        start = StartingPoint(self._buffers, self.device.torch_device) if self._planner.can_offload else None
         try:
             return self.module(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            if not self._planner.offload_everything():
+            if start is None or not self._planner.offload_everything():
                 raise self._refusal(error) from error
         # The placement was too greedy for this batch: everything is off the device now, run the same batch again. Not
         # in the handler above, where the error's traceback still holds what the failed pass had made.

@@ -94,17 +94,22 @@ class PassPlanner:
             plan = Plan(present.policy, present.placements)
         self._manager.apply(plan)
 
+    @property
+    def can_offload(self) -> bool:
+        """Whether :meth:`offload_everything` would change anything."""
+        plan = self._manager.plan
+        if self._policy.name != "auto" or plan is None or self._pending:
+            return False
+        return bool(plan.reserve_bytes) or any(p.resident_numel or p.companion_numel for p in plan.placements)
+
     def offload_everything(self) -> bool:
         """Takes all model data off the device and releases chunks as soon as they are read, if the policy may.
 
         Returns:
             Whether anything has changed, so that a pass that ran out of memory is worth another try.
         """
-        plan = self._manager.plan
-        if self._policy.name != "auto" or plan is None or self._pending:
-            return False
         self.needs_plan = True
-        if not plan.reserve_bytes and not any(p.resident_numel or p.companion_numel for p in plan.placements):
+        if not self.can_offload:
             return False
         self._manager.apply(offload_all("auto", self._facts))
         return True

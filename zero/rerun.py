@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,15 +11,24 @@ from torch import nn
 
 
 class BufferWatch:
-    """Knows which buffers of a model a forward pass writes (running statistics, counters)."""
+    """Knows which buffers of a model a forward pass may write (running statistics, counters)."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._versions = {id(buffer): buffer._version for buffer in model.buffers()}
 
-    def written(self) -> list[torch.Tensor]:
-        """Buffers that have been written in place since the watch began."""
-        return [b for b in self._model.buffers() if self._versions.get(id(b), b._version) != b._version]
+    def may_be_written(self) -> Iterator[torch.Tensor]:
+        """All that are saved with the model, and others that have been written in place since the watch began.
+
+        Versions alone do not tell: batch norm's kernel writes its statistics without counting.
+        """
+        for module in self._model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                saved = name not in module._non_persistent_buffers_set
+                if saved or self._versions.get(id(buffer), buffer._version) != buffer._version:
+                    yield buffer
 
 
 class StartingPoint:
@@ -34,7 +44,7 @@ class StartingPoint:
         self._python_state = random.getstate()
         self._device = device
         self._device_state = None if device.type == "cpu" else _generators(device).get_rng_state(device)
-        self._buffers = [(buffer, buffer.clone()) for buffer in watch.written()]
+        self._buffers = [(buffer, buffer.clone()) for buffer in watch.may_be_written()]
 
     def restore(self) -> None:
         """Puts everything back."""

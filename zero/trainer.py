@@ -345,7 +345,14 @@ class Trainer:
     def _evaluate(self, engine: Engine, reporter: Reporter, metrics: MetricsWriter, when: str) -> float | None:
         if self.data.eval_loader is None:
             return None
-        loss, num_tokens = evaluate(engine, self.data.eval_loader)
+        try:
+            loss, num_tokens = evaluate(engine, self.data.eval_loader)
+        except torch.OutOfMemoryError as error:
+            batch_size = self.config.train.per_device_eval_batch_size
+            raise TrainingStopped(
+                f"an evaluation batch does not fit the device ({error}). Lower train.per_device_eval_batch_size = "
+                f"{batch_size}, or data.seq_length, or raise device.memory"
+            ) from error
         engine.manager.reset_counters()  # they are those of a training step
         value = perplexity(loss)
         self._result.num_eval_tokens = num_tokens

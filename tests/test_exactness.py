@@ -1,0 +1,49 @@
+"""The exactness suite: every causal language model of transformers, on a device too small for it, bit for bit.
+
+Each architecture that can be built tiny makes three fp32 AdamW steps in plain PyTorch and three under the engine, on a
+simulated device hardly larger than the smallest on which one pass runs at all. Losses and every weight must be equal.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import exactness, zoo
+
+_MOST_ROOM = 0.02
+_exact: set[str] = set()
+
+
+@pytest.mark.parametrize("model_type", zoo.BUILT)
+def test_architecture_trains_exactly(model_type: str) -> None:
+    want = exactness.plain(model_type)
+    least_bytes = exactness.least_capacity(model_type)
+    params_bytes = sum(value.nbytes for value in want.weights.values())
+    capacity_bytes = least_bytes + int(min(_MOST_ROOM * least_bytes, params_bytes / 4))
+    run, report = exactness.managed(model_type, capacity_bytes)
+    assert run.losses == want.losses
+    assert [name for name in want.weights if not torch.equal(run.weights[name], want.weights[name])] == []
+    assert report.device_peak_bytes <= capacity_bytes
+    # Model data and the peak of activations together: it would not fit without offloading.
+    model_data_bytes = sum(report.host_bytes_by_kind.values()) + sum(report.device_bytes_by_kind.values())
+    assert model_data_bytes + report.non_model_peak_bytes > capacity_bytes
+    assert report.num_fetches > 0
+    _exact.add(model_type)
+
+
+def test_every_architecture_is_accounted_for(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prints the counts of the tests above; all of them must have been collected."""
+    assert len(zoo.BUILT) + len(zoo.NOT_BUILT) == len(zoo.ARCHITECTURES)
+    collected = {item.callspec.params["model_type"] for item in request.session.items if _is_ours(item)}
+    with capsys.disabled():
+        print(f"\nexactness: {len(zoo.ARCHITECTURES)} architectures, {len(zoo.BUILT)} built, {len(_exact)} exact")
+        for name, reason in sorted(zoo.NOT_BUILT.items()):
+            print(f"  not built: {name}: {reason}")
+    assert _exact == collected
+
+
+def _is_ours(item: pytest.Item) -> bool:
+    return getattr(item, "originalname", "") == "test_architecture_trains_exactly"

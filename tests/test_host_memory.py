@@ -1,0 +1,71 @@
+"""Peak resident memory of whole processes, against what the design promises.
+
+Run with ``-s`` to see the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MB = 10**6
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_case(*arguments: str | Path) -> dict[str, Any]:
+    """A case of :mod:`tests.host_memory_case` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.host_memory_case", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _show(title: str, figures: dict[str, Any]) -> None:
+    lines = [
+        f"  {key.removesuffix('_bytes')}: {value / MB:,.0f} MB" if key.endswith("_bytes") else f"  {key}: {value}"
+        for key, value in figures.items()
+    ]
+    sys.stdout.write("\n".join(["", title, *lines, ""]))
+
+
+def _assert_within_the_promise(figures: dict[str, Any]) -> None:
+    state_bytes = 16 * figures["num_parameters"]
+    assert figures["host_bytes"] == state_bytes, "values, master, two moments, gradient"
+    assert figures["peak_bytes"] <= state_bytes + 600 * MB
+    assert figures["losses"][1] < figures["losses"][0]
+
+
+def test_training_stays_within_16_bytes_a_parameter_and_600_mb() -> None:
+    figures = run_case("train")
+    _show("two steps of 331 M parameters in bf16, policy cpu, simulated device of 512 MiB", figures)
+    _assert_within_the_promise(figures)
+
+
+@pytest.mark.full
+def test_training_on_a_large_simulated_device_stays_there_too() -> None:
+    figures = run_case("train", "1536")
+    _show("the same, simulated device of 1536 MiB", figures)
+    _assert_within_the_promise(figures)
+
+
+def test_loading_never_holds_a_second_copy(tmp_path: Path) -> None:
+    run_case("save", tmp_path)
+    read, figures = run_case("read", tmp_path), run_case("load", tmp_path)
+    _show("the same model from safetensors", {**figures, **read})
+    final_bytes = 6 * figures["num_parameters"]
+    assert figures["host_bytes"] == final_bytes, "values and master"
+    limit_bytes = figures["baseline_bytes"] + final_bytes + figures["largest_bytes"] + 50 * MB
+    assert figures["peak_bytes"] <= limit_bytes
