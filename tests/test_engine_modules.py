@@ -186,7 +186,10 @@ class Tied(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (Mlp, (5, 8)),
     "one layer": (lambda: nn.Linear(8, 3), (5, 8)),
-    "sequential": (lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Sequential(nn.Linear(8, 8), nn.PReLU())), (5, 8)),
+    "sequential": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Sequential(nn.Linear(8, 8), nn.PReLU())),
+        (5, 8),
+    ),
     "functional": (Functional, (5, 8)),
     "lstm": (lambda: Recurrent(nn.LSTM), (2, 4, 8)),
     "gru": (lambda: Recurrent(nn.GRU), (2, 4, 8)),

@@ -78,7 +78,7 @@ def test_accumulation_sums_in_fp32_wherever_gradients_lie(dtype: str, fraction: 
 def test_two_epochs_step_at_the_end_of_each() -> None:
     whole = recipe("llama", batches=batches(3), accumulation=2)
     import zero
-    from tests.reference import Reference, config_of, finish, Run
+    from tests.reference import Reference, Run, config_of, finish
 
     reference = Reference(whole)
     torch.manual_seed(0)

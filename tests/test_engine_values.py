@@ -280,7 +280,9 @@ def test_closed_engine_leaves_model_and_optimizer_to_plain_pytorch(placed: dict[
     plain = whole.build()
     its = adamw(trainable(plain))
     torch.manual_seed(5)
-    want = Run(_steps(plain, its, whole.batches), weights=dict(plain.state_dict()), states=states_of(its, trainable(plain)))
+    want = Run(
+        _steps(plain, its, whole.batches), weights=dict(plain.state_dict()), states=states_of(its, trainable(plain))
+    )
     got = Run(losses, weights=dict(model.state_dict()), states=states_of(optimizer, trainable(model)))
     assert differences(got, want) == []
     plain.load_state_dict(model.state_dict())
@@ -357,7 +359,9 @@ def test_refused_capacity_leaves_model_and_optimizer_as_they_were() -> None:
     plain = whole.build()
     its = adamw(trainable(plain))
     torch.manual_seed(5)
-    want = Run(_steps(plain, its, whole.batches), weights=dict(plain.state_dict()), states=states_of(its, trainable(plain)))
+    want = Run(
+        _steps(plain, its, whole.batches), weights=dict(plain.state_dict()), states=states_of(its, trainable(plain))
+    )
     got = Run(losses, weights=dict(model.state_dict()), states=states_of(optimizer, trainable(model)))
     assert differences(got, want) == []
 
