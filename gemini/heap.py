@@ -16,7 +16,8 @@ from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_MAPPED_BYTES = 1 << 20
+LARGE_BYTES = 1 << 20
+"""From where on a block's whereabouts matter."""
 # Where glibc's own adaptive thresholds end in a process that frees large tensors.
 _USUAL_MMAP_BYTES = 32 << 20
 _USUAL_TRIM_BYTES = 64 << 20
@@ -41,15 +42,15 @@ def give_back_free_memory() -> None:
 
 @contextlib.contextmanager
 def own_mapping(num_bytes: int) -> Iterator[None]:
-    """Inside, a block of ``num_bytes`` from 1 MiB on gets a mapping of its own, which goes when it is freed.
+    """Inside, a large block of ``num_bytes`` gets a mapping of its own, which goes when it is freed.
 
     Not for computation: a fresh mapping costs a page fault for every 4 KiB.
     """
     library = _glibc()
-    if library is None or num_bytes < _MAPPED_BYTES:
+    if library is None or num_bytes < LARGE_BYTES:
         yield
         return
-    library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+    library.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gemini.device import Device, DeviceMemory, Event, Stream
-from gemini.heap import own_mapping
+from gemini.heap import LARGE_BYTES, give_back_free_memory, own_mapping
 from gemini.tracker import StorageTracker
 from gemini.units import format_bytes
 
@@ -161,9 +161,12 @@ class SimulatedDevice(Device):
         """Poisons and empties the buffer; see :meth:`SimulatedStream.part_with` for copies still queued on it."""
         for stream in self._streams:
             stream.part_with(buffer)
+        num_bytes = buffer.nbytes
         with _unwatched():
             self._fill(buffer)
             super().give_back(buffer)
+        if num_bytes >= LARGE_BYTES:
+            give_back_free_memory()  # a real device's memory would not have been taken from the host at all
 
     def forget(self, buffer: torch.Tensor) -> None:
         """Poisons the buffer; see :meth:`SimulatedStream.part_with` for copies still queued on it."""
