@@ -14,8 +14,9 @@ import torch
 
 from gemini.device import Event
 from gemini.gradients import flat_gradient, reserve, send
+from gemini.holdings import Holdings
 from gemini.layout import ChunkLayout, Entry
-from gemini.segment import MASTER, Placement, Segment, device_bytes_at, overlaps, placement_of, rebuild
+from gemini.segment import MASTER, Placement, Segment, rebuild
 from gemini.state import HOLDING, Move, TensorState, next_state
 from gemini.store import Kind, Store, Tier
 from gemini.transfer import Transfer
@@ -64,7 +65,7 @@ class ChunkTensor:
         return f"ChunkTensor({self.name}, {self.state.name}, holders={self.num_holders})"
 
 
-class Chunk:
+class Chunk(Holdings):
     """A contiguous buffer of whole parameters, and who may do what with it.
 
     Args:
@@ -85,9 +86,9 @@ class Chunk:
         keep_master: bool,
         read: Read = read_tensor,
     ) -> None:
+        super().__init__(store)
         self.layout = layout
         self.index = layout.index
-        self._store = store
         self._transfer = transfer
         self.tensors = [ChunkTensor(self, index, parameter) for index, parameter in enumerate(parameters)]
         self.segments = [self._take_over(keep_master, read)]
@@ -96,6 +97,7 @@ class Chunk:
         self._views: list[torch.Tensor] = []
         # Recorded by the fetch stream after the last fetch; computation waits on it at the first acquire.
         self._fetched: Event | None = None
+        self._num_in_use = 0
         self.step = 0
         placeholder = torch.full((), _poison(layout.dtype), dtype=layout.dtype, device=store.device.torch_device)
         self._placeholders = [placeholder.expand(e.spec.shape) for e in layout.entries]
@@ -181,6 +183,7 @@ class Chunk:
         """HOLD or HOLD_AFTER_* -> COMPUTE; one more holder if it is in COMPUTE already."""
         if tensor.state is not TensorState.COMPUTE:
             self._move(tensor, Move.ACQUIRE)
+            self._num_in_use += 1
             if self._fetched is not None:
                 self._transfer.device.wait(self._fetched)
                 self._fetched = None
@@ -197,6 +200,7 @@ class Chunk:
         after = self._after(tensor, move)
         if tensor.num_holders == 1:
             tensor.state = after
+            self._num_in_use -= 1
         tensor.num_holders -= 1
 
     def take_slot(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
@@ -212,6 +216,7 @@ class Chunk:
                 f"chunk {self.index}, tensor {tensor.name}: a gradient may not overwrite resident values"
             )
         self._settle_fetch()
+        self._num_in_use -= tensor.state is TensorState.COMPUTE
         tensor.state = after
         tensor.num_holders = 0
         with torch.no_grad():
@@ -265,7 +270,7 @@ class Chunk:
     @property
     def in_use(self) -> bool:
         """Whether some tensor is in COMPUTE."""
-        return any(tensor.state is TensorState.COMPUTE for tensor in self.tensors)
+        return self._num_in_use > 0
 
     @property
     def droppable(self) -> bool:
@@ -314,15 +319,6 @@ class Chunk:
 
     # -- placement and whole values ----------------------------------------------------------------------------------
 
-    @property
-    def placement(self) -> Placement:
-        """Where its elements live now."""
-        return placement_of(self.segments)
-
-    def growth_bytes(self, placement: Placement) -> int:
-        """Device bytes that a placement would add; negative where it frees some."""
-        return device_bytes_at(self.segments, placement) - device_bytes_at(self.segments, self.placement)
-
     def place(self, placement: Placement) -> None:
         """Moves values and companions to the tiers a plan names. The chunk must not be in use.
 
@@ -362,10 +358,6 @@ class Chunk:
             self._move(tensor, Move.FETCH)
             tensor.parameter.data = view
 
-    def pieces(self, start: int, stop: int) -> list[tuple[Segment, int, int]]:
-        """Segments that hold elements ``[start, stop)``, each with the overlap in chunk elements."""
-        return list(overlaps(self.segments, start, stop))
-
     @property
     def buffer(self) -> torch.Tensor:
         """The gathered buffer.
@@ -392,7 +384,7 @@ class Chunk:
 
     def values_of(self, tensor: ChunkTensor) -> torch.Tensor:
         """A host copy of one parameter's authoritative values, in its shape and compute dtype."""
-        return self._copy_out(tensor, None)
+        return self.copy_out(tensor.entry, None)
 
     def companion_of(self, tensor: ChunkTensor, key: str) -> torch.Tensor:
         """A host copy of one parameter's share of a companion, in its shape.
@@ -400,40 +392,17 @@ class Chunk:
         Raises:
             KeyError: no segment of the tensor has such a companion.
         """
-        return self._copy_out(tensor, key)
-
-    def _copy_out(self, tensor: ChunkTensor, key: str | None) -> torch.Tensor:
-        entry = tensor.entry
-        parts = [
-            (s.values if key is None else s.companions[key])[left - s.start : right - s.start].cpu()
-            for s, left, right in self.pieces(entry.offset, entry.stop)
-        ]
-        flat = parts[0].clone() if len(parts) == 1 else torch.cat(parts)
-        return flat.as_strided(entry.spec.shape, entry.spec.stride)
+        return self.copy_out(tensor.entry, key)
 
     def write_companion(self, tensor: ChunkTensor, key: str, data: torch.Tensor) -> None:
         """Writes one parameter's share of a companion, allocating the companion if need be."""
-        flat = torch.empty(tensor.entry.spec.numel, dtype=data.dtype)
-        flat.as_strided(tensor.entry.spec.shape, tensor.entry.spec.stride).copy_(data)
-        for segment, left, right in self.pieces(tensor.entry.offset, tensor.entry.stop):
-            target = segment.companion(self._store, key, data.dtype)
-            source = flat[left - tensor.entry.offset : right - tensor.entry.offset]
-            target[left - segment.start : right - segment.start].copy_(source)
+        self.put_companion(tensor.entry, key, data)
 
     def write_values(self, tensor: ChunkTensor, data: torch.Tensor) -> None:
         """Writes new values (and master), shape of the parameter, any float dtype. A gathered copy is dropped first."""
         if self.on_device and not self.resident:
             self.reduce()
-        entry = tensor.entry
-        flat = torch.empty(entry.spec.numel, dtype=torch.promote_types(data.dtype, self.layout.dtype))
-        flat.as_strided(entry.spec.shape, entry.spec.stride).copy_(data)
-        for segment, left, right in self.pieces(entry.offset, entry.stop):
-            source = flat[left - entry.offset : right - entry.offset]
-            inside = slice(left - segment.start, right - segment.start)
-            if MASTER in segment.companions:
-                segment.companions[MASTER][inside].copy_(source)
-            if not segment.master_is_values:
-                segment.values[inside].copy_(source)
+        self.put_values(tensor.entry, data)
 
     def dissolve(self) -> None:
         """Gives everything back; the parameters become ordinary tensors with their values on the host."""
@@ -464,13 +433,9 @@ class Chunk:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if states, memory and segments contradict one another."""
-        at = 0
-        for segment in self.segments:
-            if segment.start != at or segment.values.numel() != segment.numel:
-                raise RuntimeError(f"chunk {self.index}: segments do not cover it: gap or overlap at element {at}")
-            at = segment.stop
-        if at != self.numel:
-            raise RuntimeError(f"chunk {self.index}: segments end at {at} of {self.numel} elements")
+        self.check_cover(self.index, self.numel)
+        if self._num_in_use != sum(tensor.state is TensorState.COMPUTE for tensor in self.tensors):
+            raise RuntimeError(f"chunk {self.index}: {self._num_in_use} tensors in use were counted")
         for tensor in self.tensors:
             if (tensor.state is TensorState.FREE) == self.on_device:
                 raise RuntimeError(f"chunk {self.index}: {tensor!r} while on_device is {self.on_device}")

@@ -169,12 +169,9 @@ class SimulatedDevice(Device):
             give_back_free_memory()  # a real device's memory would not have been taken from the host at all
 
     def forget(self, buffer: torch.Tensor) -> None:
-        """Poisons the buffer; see :meth:`SimulatedStream.part_with` for copies still queued on it."""
-        for stream in self._streams:
-            stream.part_with(buffer)
-        with _unwatched():
-            self._fill(buffer)
+        """Counts the buffer as non-model data for as long as somebody still holds it: a graph, a view of the user's."""
         super().forget(buffer)
+        self._tracker.adopt(buffer)
 
     def take_again(self, buffer: torch.Tensor, numel: int) -> None:
         """Puts poisoned memory back under the buffer."""

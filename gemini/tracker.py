@@ -50,6 +50,12 @@ class StorageTracker(TorchDispatchMode):
         """Never counts this tensor's storage: it is model data and counted by its owner."""
         self._remember(tensor.untyped_storage(), 0)
 
+    def adopt(self, tensor: torch.Tensor) -> None:
+        """Counts an exempt storage from now on: its owner has given it up, but others may still hold it."""
+        storage = tensor.untyped_storage()
+        self._storages.pop(id(storage), None)
+        self._remember(storage, storage.nbytes())
+
     def reset_peak(self) -> None:
         """Starts a new window for ``peak_bytes``."""
         self.peak_bytes = self.live_bytes

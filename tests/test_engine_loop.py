@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import zero
 from tests.engine_models import MODELS, batches, llama, opt_pre_norm, recipe
@@ -233,6 +234,23 @@ def test_schedulers_do_not_warn_about_the_order_of_calls(verb: str) -> None:
             schedule.step()
             engine.zero_grad()
     assert original.param_groups[0]["lr"] == pytest.approx(1e-3 / 3)
+    engine.close()
+
+
+def test_step_hooks_run_once_a_step() -> None:
+    """Whoever registered them, wherever: not once for each piece of a chunk."""
+    model = llama()
+    original = adamw(trainable(model))
+    calls: list[str] = []
+    original.register_step_pre_hook(lambda *_: calls.append("before"))
+    engine, *_ = zero.initialize(model, original, config=config_of(recipe("llama", accumulation=2), **CPU))
+    engine.optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    everywhere = register_optimizer_step_post_hook(lambda *_: calls.append("global"))
+    for batch in batches(4):
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    everywhere.remove()
+    assert calls == ["before", "after", "global"] * 2
     engine.close()
 
 

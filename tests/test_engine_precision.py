@@ -224,5 +224,8 @@ def test_loss_scale_is_one_unless_fp16(dtype: str) -> None:
 
 
 def test_scale_that_is_no_power_of_two() -> None:
-    whole = recipe("llama", dtype="fp16", scale=1000.0)
-    assert_same(run_engine(whole, **CPU), run_plain(whole))
+    """Unscaling then rounds; it is one multiplication together with the clip factor here, and two in plain PyTorch."""
+    whole = recipe("llama", dtype="fp16", scale=1000.0, max_grad_norm=0.05)
+    run, want = run_engine(whole, **CPU), run_plain(whole)
+    assert run.losses == pytest.approx(want.losses, rel=1e-4)
+    assert run.norms == pytest.approx(want.norms, rel=1e-4)

@@ -106,12 +106,16 @@ def test_memory_that_was_left_is_really_gone(dtype: torch.dtype) -> None:
 
 
 def test_a_view_of_resident_values_outlives_them() -> None:
-    """The user may keep ``parameter.data``: what it shows is stale then, but reading it must not end the process."""
+    """The user, or a graph, may keep ``parameter.data``: reading it must not end the process, and it still counts."""
     house, chunk = _trained(torch.float32)
     chunk.place(Placement(12, 12))
     kept = chunk.tensors[0].parameter.data
     chunk.place(Placement())
-    assert kept.isnan().all()
+    assert torch.equal(kept, house.originals["a"])
+    memory = house.device.memory()
+    assert (memory.model_data_bytes, memory.non_model_bytes) == (0, 48)
+    del kept
+    assert house.device.memory().non_model_bytes == 0
     close(house)
 
 

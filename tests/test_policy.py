@@ -133,7 +133,7 @@ def test_no_plan_goes_over_capacity_and_no_refusal_is_false(
 
 @given(case=cases())
 @settings(max_examples=60, deadline=None)
-def test_more_capacity_is_never_slower_for_auto_by_much(
+def test_plenty_of_capacity_is_never_slower(
     case: tuple[list[ChunkFacts], Trace, int, HardwareProfile],
 ) -> None:
     facts, trace, capacity_bytes, profile = case
@@ -142,9 +142,6 @@ def test_more_capacity_is_never_slower_for_auto_by_much(
     small = policy.decide(facts, trace, capacity_bytes)
     large = policy.decide(facts, trace, capacity_bytes + 10**6)
     assert large.predicted_step_s <= small.predicted_step_s
-    assert all(p.resident_numel == f.numel for p, f in zip(large.placements, facts, strict=True)) or (
-        large.predicted_fetches <= small.predicted_fetches
-    )
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

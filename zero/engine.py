@@ -32,6 +32,7 @@ from zero.memory_report import MemoryReport
 from zero.optim.chunked import ZeroOptimizer, map_groups, require_ours
 from zero.optim.elementwise import state_bytes_per_numel
 from zero.optim.native import NativeKernel
+from zero.optim.straddle import BLOCK_NUMEL
 from zero.optim.update import ChunkUpdater
 from zero.passes import PassPlanner
 from zero.precision import LossScaler, clip_coefficient, gradient_statistics
@@ -144,7 +145,8 @@ class Engine:
     ) -> ChunkUpdater:
         store, transfer = self.manager.store, self.manager.transfer
         # Temporaries of an update on the device count against its capacity: keep them a small share of it.
-        device_piece_numel = min(1 << 24, max(1 << 12, self.device.capacity_bytes // 1024))
+        # In whole vectors, as torch's fused kernels take them: see zero.optim.straddle.
+        device_piece_numel = min(1 << 24, max(1 << 12, self.device.capacity_bytes // 1024)) // BLOCK_NUMEL * BLOCK_NUMEL
         return ChunkUpdater(optimizer, groups, store, transfer, kernel, device_piece_numel=device_piece_numel)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ class Engine:
         """
         self._require_open()
         self._last_batch = (args, kwargs)
-        start = StartingPoint(self._buffers, self.device.torch_device) if self._planner.can_offload else None
+        start = StartingPoint(self._buffers, self.device.torch_device) if self._planner.may_offload else None
         try:
             return self.module(*args, **kwargs)
         except torch.OutOfMemoryError as error:
@@ -214,6 +216,7 @@ class Engine:
             return
         self._micro_step = 0
         self._at_loader_end = False
+        self.optimizer.call_step_hooks(before=True)
         self.manager.release_stale()
         for tensor in self._tensors.values():
             settle_gradient(tensor)
@@ -229,6 +232,7 @@ class Engine:
         if statistics.finite:
             self._update(inverse_scale * clip_coefficient(statistics.norm, self.config.train.max_grad_norm))
             self.num_steps += 1
+            self.optimizer.call_step_hooks(before=False)
         else:
             self.num_skipped_steps += 1
         self.scaler.update(overflow=not statistics.finite)

@@ -88,19 +88,20 @@ class PassPlanner:
         except DoesNotFitError as error:
             # The pass that was traced did run, so this is a prediction on the safe side: go on as it ran.
             logger.debug("no plan from the trace: %s", error)
-            present = self._manager.plan
-            if present is None:
-                raise
-            plan = Plan(present.policy, present.placements)
+            plan = self._as_it_ran()
         self._manager.apply(plan)
 
+    def _as_it_ran(self) -> Plan:
+        """The plan that needs least; of a policy with fixed placements the one there is, without reserves."""
+        present = self._manager.plan
+        if self.may_offload or present is None:
+            return offload_all(self._policy.name, self._facts)
+        return Plan(present.policy, present.placements)
+
     @property
-    def can_offload(self) -> bool:
-        """Whether :meth:`offload_everything` would change anything."""
-        plan = self._manager.plan
-        if self._policy.name != "auto" or plan is None or self._pending:
-            return False
-        return bool(plan.reserve_bytes) or any(p.resident_numel or p.companion_numel for p in plan.placements)
+    def may_offload(self) -> bool:
+        """Whether the policy may take everything off the device."""
+        return self._policy.name == "auto"
 
     def offload_everything(self) -> bool:
         """Takes all model data off the device and releases chunks as soon as they are read, if the policy may.
@@ -109,7 +110,10 @@ class PassPlanner:
             Whether anything has changed, so that a pass that ran out of memory is worth another try.
         """
         self.needs_plan = True
-        if not self.can_offload:
+        plan = self._manager.plan
+        if not self.may_offload or self._pending or plan is None:
+            return False
+        if not plan.reserve_bytes and not any(p.resident_numel or p.companion_numel for p in plan.placements):
             return False
         self._manager.apply(offload_all("auto", self._facts))
         return True

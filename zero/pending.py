@@ -9,14 +9,22 @@ the result is what ``from_pretrained`` alone would have given; running or saving
 from __future__ import annotations
 
 import functools
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from gemini.chunk import read_tensor
+from gemini.hostinfo import cpu_count
 from zero.errors import UserError
 from zero.weights_folder import ShardedWeights
+
+_MAX_THREADS = 4
+_MAX_QUEUED = 256
 
 
 class Stored:
@@ -54,13 +62,11 @@ class Stored:
             self._values = values
         return self._values
 
-    def read_into(self, targets: list[torch.Tensor]) -> None:
-        """Writes the values into tensors of this shape and any dtypes."""
+    def jobs(self, targets: list[torch.Tensor]) -> list[Callable[[], None]]:
+        """Pieces of work that write the values into tensors of this shape and any dtypes."""
         if self._values is None:
-            self.weights.read_into(self.name, *targets, through=self.dtype)
-            return
-        for target in targets:
-            target.copy_(self._values)
+            return self.weights.jobs(self.name, *targets, through=self.dtype)
+        return [functools.partial(read_tensor, self._values, targets)]
 
     def equals(self, other: Stored) -> bool:
         """``torch.equal`` of two tensors of one shape and dtype, block by block."""
@@ -101,10 +107,11 @@ class PendingTensor(torch.Tensor):
         """
         self._settle(self._stored.values())
 
-    def load_into(self, targets: list[torch.Tensor]) -> None:
-        """Writes the values elsewhere and becomes an ordinary parameter with no elements."""
-        self._stored.read_into(targets)
+    def load_into(self, targets: list[torch.Tensor]) -> list[Callable[[], None]]:
+        """Becomes an ordinary parameter with no elements; returns the work that writes its values elsewhere."""
+        jobs = self._stored.jobs(targets)
         self._settle(torch.empty(0, dtype=self._stored.dtype, device="cpu"))
+        return jobs
 
     def _settle(self, values: torch.Tensor) -> None:
         with torch._C.DisableTorchFunctionSubclass():
@@ -229,14 +236,48 @@ _SPECIAL: dict[Any, Any] = {
 # -- a whole model -----------------------------------------------------------------------------------------------------
 
 
-def read_parameter(parameter: torch.Tensor, targets: list[torch.Tensor]) -> None:
-    """Writes a parameter's values into tensors of its shape, from its file or from memory."""
-    if isinstance(parameter, PendingTensor):
-        parameter.load_into(targets)
-        return
-    source = parameter.detach()
-    for target in targets:
-        target.copy_(source)
+class Reading:
+    """Writes parameters' values into chunks, from their files or from memory; everything is there when it ends::
+
+        with Reading() as read:
+            chunk = Chunk(..., read=read)
+
+    Files are read and cast by a few threads, while the caller goes on to the next parameter.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(min(_MAX_THREADS, cpu_count()), "zero-read")
+        self._running: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Reading:
+        """Starts."""
+        return self
+
+    def __call__(self, parameter: torch.Tensor, targets: list[torch.Tensor]) -> None:
+        """Takes one parameter's values to tensors of its shape.
+
+        Raises:
+            UserError: a file of an earlier one cannot be read.
+        """
+        if not isinstance(parameter, PendingTensor):
+            read_tensor(parameter, targets)
+            return
+        for job in parameter.load_into(targets):
+            self._running.append(self._pool.submit(job))
+            if len(self._running) > _MAX_QUEUED:
+                self._running.popleft().result()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        """Waits for everything; after an error only for what has started.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        try:
+            while kind is None and self._running:
+                self._running.popleft().result()
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def guard(model: nn.Module) -> None:

@@ -9,13 +9,11 @@ import functools
 import os
 import stat
 import weakref
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from gemini.hostinfo import cpu_count
 from zero.errors import UserError
 from zero.safetensors_header import StoredTensor, damaged, parse_header
 
@@ -23,7 +21,6 @@ _PART_BYTES = 2 << 20
 """What one thread reads and casts at a time: small enough to stay in cache between the two."""
 _SERIAL_NUMEL = 1 << 15
 """Most elements that torch copies without asking other threads for help."""
-_MAX_THREADS = 4
 _READ_BYTES = 1 << 30
 """Most bytes of one system call (Linux stops at 2 GiB)."""
 
@@ -93,30 +90,35 @@ class SafetensorsFile:
             UserError: the file ended early.
             ValueError: the shapes differ.
         """
-        stored = self._tensors[name]
+        for job in self.jobs(name, target, *more, through=through):
+            job()
+
+    def jobs(
+        self, name: str, target: torch.Tensor, *more: torch.Tensor, through: torch.dtype | None = None
+    ) -> list[Callable[[], None]]:
+        """The work of :meth:`read_into` in pieces that may run in any order and in any threads."""
+        stored, seen = self._tensors[name], through or self._tensors[name].dtype
+        jobs: list[Callable[[], None]] = []
         flat: list[torch.Tensor] = []
         for each in (target, *more):
             if each.shape != stored.shape:
                 raise ValueError(f"{name} has shape {tuple(stored.shape)}, the target {tuple(each.shape)}")
-            if not each.is_contiguous():
-                whole = torch.empty(stored.shape, dtype=through or stored.dtype, device="cpu")
-                self.read_into(name, whole)
-                each.copy_(whole)
-            else:
+            if each.is_contiguous():
                 flat.append(each.detach().view(-1))
+            else:
+                jobs.append(functools.partial(self._read_whole, name, each, seen))
         part_numel = _PART_BYTES // stored.dtype.itemsize
-        starts = range(0, stored.shape.numel() if flat else 0, part_numel)
-        job = functools.partial(self._read_part, stored, flat, through or stored.dtype, part_numel)
-        if len(starts) <= 1 or (num_threads := min(_MAX_THREADS, cpu_count())) == 1:
-            for start in starts:
-                job(start)
-            return
-        with ThreadPoolExecutor(num_threads) as pool:
-            for _ in pool.map(job, starts):
-                pass
+        for start in range(0, stored.shape.numel() if flat else 0, part_numel):
+            jobs.append(functools.partial(self._read_part, stored, flat, seen, start, part_numel))
+        return jobs
+
+    def _read_whole(self, name: str, target: torch.Tensor, through: torch.dtype) -> None:
+        whole = torch.empty(target.shape, dtype=through, device="cpu")
+        self.read_into(name, whole)
+        target.copy_(whole)
 
     def _read_part(
-        self, stored: StoredTensor, targets: list[torch.Tensor], through: torch.dtype, part_numel: int, start: int
+        self, stored: StoredTensor, targets: list[torch.Tensor], through: torch.dtype, start: int, part_numel: int
     ) -> None:
         """Reads some elements straight into the target of the stored dtype, or into a buffer; the others get copies."""
         parts = [target[start : start + part_numel] for target in targets]
@@ -124,7 +126,7 @@ class SafetensorsFile:
         values = torch.empty(parts[0].numel(), dtype=stored.dtype, device="cpu") if home is None else home
         self._fill(stored, values, start)
         others = [part for part in parts if part is not home]
-        # Blocks that torch copies in this very thread: several threads with a team of helpers each hinder one another.
+        # Blocks that torch copies in this very thread: several readers with a team of helpers each hinder one another.
         for at in range(0, values.numel() if others else 0, _SERIAL_NUMEL):
             block = values[at : at + _SERIAL_NUMEL].to(through)
             for part in others:

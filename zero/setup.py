@@ -23,7 +23,7 @@ from gemini.transfer import Transfer
 from zero.config.schema import Config
 from zero.errors import UserError
 from zero.gradient import ManagedParameter, manage
-from zero.pending import read_parameter, release
+from zero.pending import Reading, release
 from zero.units import Unit, find_units
 
 logger = logging.getLogger("zero")
@@ -115,17 +115,18 @@ def take_over(
     parameters = {name: p for unit in units for name, p in unit.parameters}
     store = Store(device, host)
     transfer = Transfer(device)
-    chunks = [
-        Chunk(
-            layout,
-            [parameters[e.spec.name] for e in layout.entries],
-            store,
-            transfer,
-            keep_master=layout.trainable,
-            read=read_parameter,
-        )
-        for layout in layouts
-    ]
+    with Reading() as read:
+        chunks = [
+            Chunk(
+                layout,
+                [parameters[e.spec.name] for e in layout.entries],
+                store,
+                transfer,
+                keep_master=layout.trainable,
+                read=read,
+            )
+            for layout in layouts
+        ]
     release(model)
     give_back_free_memory()
     tensors = {id(t.parameter): t for chunk in chunks for t in chunk.tensors}

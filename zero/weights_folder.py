@@ -7,7 +7,7 @@ refused. Pickles (``pytorch_model.bin`` and the like) can run code when they are
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -81,6 +81,12 @@ class ShardedWeights:
     ) -> None:
         """See :meth:`zero.safetensors_reader.SafetensorsFile.read_into`."""
         self._file_of[name].read_into(name, target, *more, through=through)
+
+    def jobs(
+        self, name: str, target: torch.Tensor, *more: torch.Tensor, through: torch.dtype | None = None
+    ) -> list[Callable[[], None]]:
+        """See :meth:`zero.safetensors_reader.SafetensorsFile.jobs`."""
+        return self._file_of[name].jobs(name, target, *more, through=through)
 
     def blocks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """See :meth:`zero.safetensors_reader.SafetensorsFile.blocks`."""

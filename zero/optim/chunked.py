@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gemini.chunk import ChunkTensor
 from gemini.manager import Manager
@@ -93,6 +94,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     key: value.to(dtype) if isinstance(value, torch.Tensor) and value.dim() > 0 else value
                     for key, value in state.items()
                 }
+
+    def call_step_hooks(self, before: bool) -> None:
+        """Runs the step hooks that the user has registered, on this optimizer, the original or all optimizers."""
+        hooks: list[Any] = [*_global_optimizer_pre_hooks.values(), *self._optimizer_step_pre_hooks.values()]
+        if not before:
+            hooks = [*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()]
+        for hook in hooks:
+            hook(self, (self,), {})
 
     def mark_stepped(self) -> None:
         """Tells schedulers on either object that the optimizer has stepped, whoever called for it."""

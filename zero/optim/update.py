@@ -16,6 +16,7 @@ from gemini.store import Store, Tier
 from gemini.transfer import Transfer
 from zero.optim.elementwise import run, shadow_of
 from zero.optim.native import NativeKernel
+from zero.optim.straddle import cut_blocks, join, put_back, whole_blocks
 
 Group = dict[str, Any]
 
@@ -83,15 +84,37 @@ class ChunkUpdater:
             return
         before = {tensor: self.scalars.get(tensor) for tensor in chunk.tensors}
         for segment in chunk.segments:
-            on_device = segment.companion_tier is Tier.DEVICE
-            with self._store.device.activity() if on_device else contextlib.nullcontext():
-                if self._kernel is not None and not on_device:
+            with self._on(segment):
+                if self._kernel is not None and segment.companion_tier is Tier.HOST:
                     self._native(chunk, segment, factor, before)
                 else:
                     self._torch(chunk, segment, factor, before)
+        for tensor in chunk.tensors:
+            if tensor.has_gradient and self._rounds_by_position(tensor):
+                self._joint_steps(tensor, factor, before)
+        for segment in chunk.segments:
+            with self._on(segment):
                 self._publish(segment)
 
+    def _on(self, segment: Segment) -> contextlib.AbstractContextManager[Any]:
+        on_device = segment.companion_tier is Tier.DEVICE
+        return self._store.device.activity() if on_device else contextlib.nullcontext()
+
     # -- torch -------------------------------------------------------------------------------------------------------
+
+    def _rounds_by_position(self, tensor: ChunkTensor) -> bool:
+        return self._kernel is None and bool(self._groups.get(tensor, {}).get("fused"))
+
+    def _joint_steps(
+        self, tensor: ChunkTensor, factor: float, before: dict[ChunkTensor, dict[str, Any] | None]
+    ) -> None:
+        for start, stop in cut_blocks(tensor):
+            joined = join(tensor, start, stop)
+            known = set(joined.companions)
+            self._torch_step(joined, [Piece(tensor, 0, stop - start)], factor, before)
+            put_back(tensor, joined, self._store)
+            for key in joined.companions.keys() - known:  # states of the first step
+                joined.drop(self._store, key)
 
     def _torch(
         self, chunk: Chunk, segment: Segment, factor: float, before: dict[ChunkTensor, dict[str, Any] | None]
@@ -197,6 +220,8 @@ class ChunkUpdater:
         for tensor in chunk.tensors:
             left = max(tensor.entry.offset, segment.start)
             right = min(tensor.entry.stop, segment.stop)
+            if self._rounds_by_position(tensor):
+                left, right = whole_blocks(tensor.entry, left, right)
             if tensor.has_gradient and tensor in self._groups and left < right:
                 yield Piece(tensor, left - segment.start, right - segment.start)
 

@@ -1,0 +1,60 @@
+"""Blocks of a parameter that a border between segments cuts, for optimizers whose kernels round by position.
+
+torch's fused CPU kernels go through a parameter in vectors and finish with single elements, which round differently. A
+piece gives the same bits as the whole parameter only if it begins and ends at a whole number of vectors. What the
+border cuts is therefore put together, updated as one, and put back.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gemini.chunk import ChunkTensor
+from gemini.layout import Entry
+from gemini.segment import GRADIENT, Segment
+from gemini.store import Store, Tier
+
+BLOCK_NUMEL = 64
+"""Elements, counted from the parameter's first; the unit in which torch's fused kernels divide work."""
+
+
+def whole_blocks(entry: Entry, left: int, right: int) -> tuple[int, int]:
+    """The part of ``[left, right)`` (chunk elements of one parameter) that consists of whole blocks."""
+    left += -(left - entry.offset) % BLOCK_NUMEL
+    if right < entry.stop:
+        right -= (right - entry.offset) % BLOCK_NUMEL
+    return left, right
+
+
+def cut_blocks(tensor: ChunkTensor) -> list[tuple[int, int]]:
+    """Blocks of a parameter with a segment border inside, in chunk elements."""
+    entry = tensor.entry
+    starts: dict[int, None] = {}
+    for _, _, border in tensor.chunk.pieces(entry.offset, entry.stop):
+        beyond = (border - entry.offset) % BLOCK_NUMEL
+        if border < entry.stop and beyond:
+            starts[border - beyond] = None
+    return [(start, min(start + BLOCK_NUMEL, entry.stop)) for start in starts]
+
+
+def join(tensor: ChunkTensor, start: int, stop: int) -> Segment:
+    """A segment of host copies of the block's companions."""
+    pieces = tensor.chunk.pieces(start, stop)
+    keys = [key for key in pieces[0][0].companions if all(key in segment.companions for segment, _, _ in pieces)]
+    parts = {
+        key: [segment.companions[key][left - segment.start : right - segment.start] for segment, left, right in pieces]
+        for key in keys
+    }
+    companions = {key: torch.cat([part.cpu() for part in of_key]) for key, of_key in parts.items()}
+    return Segment(start, stop, Tier.HOST, Tier.HOST, torch.empty(0), companions)
+
+
+def put_back(tensor: ChunkTensor, joined: Segment, store: Store) -> None:
+    """Writes what has become of a joined block to the segments that own it."""
+    for segment, left, right in tensor.chunk.pieces(joined.start, joined.stop):
+        for key, values in joined.companions.items():
+            if key != GRADIENT:
+                target = segment.companion(store, key, values.dtype)
+                target[left - segment.start : right - segment.start].copy_(
+                    values[left - joined.start : right - joined.start]
+                )
