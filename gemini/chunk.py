@@ -55,11 +55,38 @@ class ChunkTensor:
         self.num_holders = 0
         self.has_gradient = False
         self.is_shown = False
+        self._seen_version = parameter._version
 
     @property
     def name(self) -> str:
         """The parameter's first name in the model."""
         return self.entry.spec.name
+
+    @property
+    def bound(self) -> torch.Tensor:
+        """What the parameter points at: taken, and set, past what its class does when the user's code does the same."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.parameter.data
+
+    @bound.setter
+    def bound(self, data: torch.Tensor) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            self.parameter.data = data
+
+    @property
+    def version(self) -> int:
+        """How often the user's code has written the parameter in place."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.parameter._version
+
+    @property
+    def written(self) -> bool:
+        """Whether it has done so since :meth:`note_written`."""
+        return self.version != self._seen_version
+
+    def note_written(self) -> None:
+        """What was written up to now has been taken over."""
+        self._seen_version = self.version
 
     def __repr__(self) -> str:
         return f"ChunkTensor({self.name}, {self.state.name}, holders={self.num_holders})"
@@ -122,7 +149,7 @@ class Chunk(Holdings):
         buffers = list({id(t): t for t in (values, segment.companions.get(MASTER, values))}.values())
         for tensor in self.tensors:
             read(tensor.parameter, [_view(buffer, tensor.entry) for buffer in buffers])
-            tensor.parameter.data = torch.empty(0, dtype=dtype, device=self._store.device.torch_device)
+            tensor.bound = torch.empty(0, dtype=dtype, device=self._store.device.torch_device)
         return segment
 
     @property
@@ -177,7 +204,7 @@ class Chunk(Holdings):
         self._fetched = self._transfer.fetched_event()
         for tensor, state, view in zip(self.tensors, after, self._views, strict=True):
             tensor.state = state
-            tensor.parameter.data = view
+            tensor.bound = view
 
     def acquire(self, tensor: ChunkTensor) -> None:
         """HOLD or HOLD_AFTER_* -> COMPUTE; one more holder if it is in COMPUTE already."""
@@ -225,11 +252,12 @@ class Chunk(Holdings):
     def restore(self, tensor: ChunkTensor) -> None:
         """READY_FOR_REDUCE -> HOLD: the gradient goes to its owner, the values come back into the slot."""
         after = self._after(tensor, Move.RESTORE)
-        self._send([tensor])
-        for segment, start, stop in self.pieces(tensor.entry.offset, tensor.entry.stop):
-            source = segment.values[start - segment.start : stop - segment.start]
-            self._transfer.to_gathered(self.buffer[start:stop], source, segment.value_tier)
-        self._fetched = self._transfer.fetched_event()
+        with self._transfer.device.bookkeeping():
+            self._send([tensor])
+            for segment, start, stop in self.pieces(tensor.entry.offset, tensor.entry.stop):
+                source = segment.values[start - segment.start : stop - segment.start]
+                self._transfer.to_gathered(self.buffer[start:stop], source, segment.value_tier)
+            self._fetched = self._transfer.fetched_event()
         tensor.state = after
 
     def reduce(self) -> None:
@@ -356,7 +384,7 @@ class Chunk(Holdings):
         self._views = [_view(self._buffer, entry) for entry in self.layout.entries]
         for tensor, view in zip(self.tensors, self._views, strict=True):
             self._move(tensor, Move.FETCH)
-            tensor.parameter.data = view
+            tensor.bound = view
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -412,7 +440,7 @@ class Chunk(Holdings):
             segment.free(self._store)
         self.segments = []
         for tensor, whole in zip(self.tensors, values, strict=True):
-            tensor.parameter.data = whole
+            tensor.bound = whole
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -424,12 +452,12 @@ class Chunk(Holdings):
 
     def _bind_placeholders(self) -> None:
         for tensor, placeholder in zip(self.tensors, self._placeholders, strict=True):
-            tensor.parameter.data = placeholder
+            tensor.bound = placeholder
 
     def bind(self, tensor: ChunkTensor) -> None:
         """Points the parameter at where its values are: the chunk's memory on the device, or the placeholder."""
         bound = self._views if self.on_device else self._placeholders
-        tensor.parameter.data = bound[tensor.position]
+        tensor.bound = bound[tensor.position]
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if states, memory and segments contradict one another."""
@@ -443,7 +471,7 @@ class Chunk(Holdings):
                 raise RuntimeError(f"chunk {self.index}: {tensor!r}: holders and state disagree")
             if self.resident and tensor.state is TensorState.READY_FOR_REDUCE:
                 raise RuntimeError(f"chunk {self.index}: {tensor!r}: a gradient overwrote resident values")
-            bound = tensor.parameter.data_ptr() == self.view_of(tensor).data_ptr() if self._views else False
+            bound = tensor.bound.data_ptr() == self.view_of(tensor).data_ptr() if self._views else False
             if tensor.state in _READABLE and not bound and not tensor.is_shown:
                 raise RuntimeError(f"chunk {self.index}: {tensor.name} does not point into its chunk")
 

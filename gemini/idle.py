@@ -46,11 +46,16 @@ class IdleReads:
         if tensor.chunk.resident:
             self._device.synchronize()
         else:
-            tensor.parameter.data = self._copy(tensor)
+            tensor.bound = self.copy(tensor)
         self._shown[tensor] = None
         tensor.is_shown = True
 
-    def _copy(self, tensor: ChunkTensor) -> torch.Tensor:
+    def copy(self, tensor: ChunkTensor) -> torch.Tensor:
+        """A copy of a parameter's values on the device; what is shown gives way to it.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for it.
+        """
         values = tensor.chunk.values_of(tensor)
         while True:
             self._make_room(values.nbytes)
@@ -73,13 +78,23 @@ class IdleReads:
     def _settle_one(self, tensor: ChunkTensor) -> None:
         del self._shown[tensor]
         tensor.is_shown = False
-        present = tensor.parameter.detach().cpu()
+        written = self.written_values(tensor)
+        if written is not None:
+            self._write(tensor, written)
+        tensor.note_written()
+        tensor.chunk.bind(tensor)
+
+    def written_values(self, tensor: ChunkTensor) -> torch.Tensor | None:
+        """On the host what the parameter holds now, if that is not what its owner has.
+
+        Elements that nobody touched keep what the master knows beyond the parameter's dtype.
+        """
+        present = tensor.bound.cpu()
         known = _known_values(tensor)
         rounded = known.to(present.dtype)
-        if not torch.equal(present, rounded):
-            # Elements that nobody touched keep what the master knows beyond the parameter's dtype.
-            self._write(tensor, torch.where(present == rounded, known, present.to(known.dtype)))
-        tensor.chunk.bind(tensor)
+        if torch.equal(present, rounded):
+            return None
+        return torch.where(present == rounded, known, present.to(known.dtype))
 
 
 def _known_values(tensor: ChunkTensor) -> torch.Tensor:

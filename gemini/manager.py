@@ -24,6 +24,7 @@ from gemini import gradients
 from gemini.chunk import Chunk, ChunkTensor
 from gemini.device import Device
 from gemini.idle import IdleReads
+from gemini.integrity import check_chunks
 from gemini.plan import Plan
 from gemini.recorder import MomentListener, Recorder
 from gemini.state import Move, TensorState
@@ -95,8 +96,8 @@ class Manager:
         self._current_unit: str | None = None
         self._eager = True
         self._gathered: dict[int, Chunk] = {}
-        self._whole_shown = False
-        # PyTorch keeps one Python object per storage while the storage lives, so its id names a gathered buffer.
+        self.all_shown = False
+        # PyTorch keeps one Python object per storage while the storage lives, so its id names a buffer.
         self._chunk_by_storage: dict[int, Chunk] = {}
 
     @property
@@ -119,16 +120,17 @@ class Manager:
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
-    def begin_pass(self, training: bool, batch_shape: tuple[int, ...]) -> None:
+    def begin_pass(self, training: bool, batch_shape: tuple[int, ...], pending: bool = False) -> None:
         """A forward pass starts.
 
         Args:
             training: gradients will be asked for; such a pass is recorded.
             batch_shape: of its largest input tensor.
+            pending: the graph of an earlier forward is alive: what the user's code holds for it stays.
         """
         self.settle_idle_reads()
         self._end_all_scopes()
-        self._end_all_backward()
+        self._end_all_backward(but_user=pending)
         self._current_unit = None
         self.phase = Phase.FORWARD
         self.training_pass = training
@@ -145,10 +147,10 @@ class Manager:
             self.phase = Phase.IDLE
             self._release_all()
 
-    def abort_pass(self) -> None:
-        """An error ended the pass: nobody holds anything any more."""
+    def abort_pass(self, pending: bool = False) -> None:
+        """The pass will not go on: nobody holds anything any more, but (``pending``) the user's code for a graph alive."""
         self._end_all_scopes()
-        self._end_all_backward()
+        self._end_all_backward(but_user=pending)
         self._release_all()
         self.phase = Phase.IDLE
 
@@ -187,7 +189,7 @@ class Manager:
         move = Move.END_FORWARD if self.training_pass else Move.LET_GO
         for tensor in scope.held:
             if tensor not in kept or tensor in self._scopes[-1].held:
-                tensor.chunk.let_go(tensor, move)
+                self._let_go(tensor, move)
             else:
                 self._scopes[-1].held[tensor] = None
         if not self._scopes:
@@ -196,12 +198,22 @@ class Manager:
     def _end_all_scopes(self) -> None:
         for scope in self._scopes:
             for tensor in scope.held:
-                tensor.chunk.let_go(tensor, Move.LET_GO)
+                self._let_go(tensor, Move.LET_GO)
         self._scopes.clear()
+
+    def _let_go(self, tensor: ChunkTensor, move: Move) -> None:
+        """One holder less; what the model wrote into the parameter in forward goes to its owner first."""
+        if tensor.written and tensor.state is TensorState.COMPUTE:
+            with self.device.bookkeeping():
+                written = self._idle.written_values(tensor)
+                if written is not None:
+                    tensor.chunk.put_values(tensor.entry, written)
+            tensor.note_written()
+        tensor.chunk.let_go(tensor, move)
 
     def _aliases(self, scope: Scope, returned: Iterable[torch.Tensor]) -> set[ChunkTensor]:
         storages = {id(tensor.untyped_storage()) for tensor in returned}
-        return {t for t in scope.held if id(t.parameter.untyped_storage()) in storages}
+        return {t for t in scope.held if id(t.bound.untyped_storage()) in storages}
 
     def read(self, tensor: ChunkTensor, unit: str | None = None) -> None:
         """A parameter is about to be read by the program.
@@ -210,7 +222,7 @@ class Manager:
         innermost running unit) holds it hard. Outside any pass the values are shown until the next pass begins, and
         what the user writes into them is taken over then.
         """
-        if self._whole_shown:
+        if self.all_shown:
             return
         if self.phase is Phase.BACKWARD:
             self._hold_in_backward(tensor, unit or tensor.chunk.layout.unit_name, hard=True)
@@ -224,10 +236,20 @@ class Manager:
         else:
             self._idle.show(tensor)
 
+    @property
+    def read_by_user(self) -> dict[ChunkTensor, None]:
+        """What the user's code between forward and backward holds: views of it may be in a graph."""
+        return self._units[_USER].hard if _USER in self._units else {}
+
+    def end_user_read(self, tensor: ChunkTensor) -> None:
+        """The user's code between forward and backward is done with it."""
+        del self._units[_USER].hard[tensor]
+        tensor.chunk.let_go(tensor, Move.END_FORWARD)
+        self._give_way()
+
     def _acquire(self, tensor: ChunkTensor) -> None:
         if tensor.state is TensorState.READY_FOR_REDUCE:
-            with self.device.bookkeeping():
-                tensor.chunk.restore(tensor)
+            tensor.chunk.restore(tensor)
         elif tensor.state is TensorState.FREE:
             self._fetch(tensor.chunk)
         tensor.chunk.acquire(tensor)
@@ -238,15 +260,19 @@ class Manager:
     @contextlib.contextmanager
     def shown_whole(self) -> Iterator[None]:
         """While the caller has bound parameters to whole tensors of its own, reads need nothing from us."""
-        self._whole_shown = True
+        self.all_shown = True
         try:
             yield
         finally:
-            self._whole_shown = False
+            self.all_shown = False
 
     def settle_idle_reads(self) -> None:
         """Takes over what was written into parameters that were shown between passes."""
         self._idle.settle()
+
+    def copy(self, tensor: ChunkTensor) -> torch.Tensor:
+        """A copy of a parameter's values on the device, the caller's own."""
+        return self._idle.copy(tensor)
 
     def write(self, tensor: ChunkTensor, values: torch.Tensor) -> None:
         """Replaces a parameter's values, and its master's, between passes."""
@@ -265,11 +291,11 @@ class Manager:
         self.begin_moment(unit, "backward")
 
     def owner(self, saved: torch.Tensor) -> ChunkTensor | None:
-        """The tensor of a gathered chunk that a view belongs to; None for anything that cannot be released."""
+        """The tensor of a chunk on the device that a view belongs to; None for anything else."""
         storage = saved.untyped_storage()
         chunk = self._chunk_by_storage.get(id(storage))
-        # A chunk that became resident has given its gathered buffer up: its old id may name another storage now.
-        if chunk is None or chunk.resident or chunk.storage is not storage:
+        # A chunk that was placed anew has given its buffer up: the old id may name another storage now.
+        if chunk is None or not chunk.on_device or chunk.storage is not storage:
             return None
         return chunk.tensor_at(int(saved.storage_offset()))
 
@@ -298,11 +324,11 @@ class Manager:
             tensor.chunk.let_go(tensor, Move.END_BACKWARD)
         holds.clear()
 
-    def _end_all_backward(self) -> None:
-        for holds in self._units.values():
+    def _end_all_backward(self, but_user: bool = False) -> None:
+        for label in [label for label in self._units if not (but_user and label == _USER)]:
+            holds = self._units.pop(label)
             self._end_holds(holds.soft)
             self._end_holds(holds.hard)
-        self._units.clear()
 
     def take_gradient(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
         """A parameter's gradient of this backward pass is complete."""
@@ -418,7 +444,7 @@ class Manager:
             self.plan = Plan(plan.policy, [chunk.placement for chunk in self.chunks])  # as far as it came
             raise
         finally:
-            self._chunk_by_storage.clear()  # residents have given their gathered buffers up; each fetch enters itself
+            self._chunk_by_storage = {id(chunk.storage): chunk for chunk in self.chunks if chunk.resident}
         self.plan = plan
         self._next_use = NextUse(self.trace) if self.trace is not None else None
 
@@ -462,19 +488,8 @@ class Manager:
     def check_integrity(self) -> None:
         """Raises RuntimeError if anything owned twice, lost or miscounted is found."""
         self.store.check_integrity()
-        seen: set[int] = set()
-        gathered_bytes = 0
-        for position, chunk in enumerate(self.chunks):
-            if chunk.index != position:
-                raise RuntimeError(f"chunk {chunk.index} stands at position {position}")
-            chunk.check_integrity()
-            for tensor in chunk.tensors:
-                if id(tensor.parameter) in seen:
-                    raise RuntimeError(f"parameter {tensor.name} is in two chunks")
-                seen.add(id(tensor.parameter))
-            if (chunk.on_device and not chunk.resident) != (chunk.index in self._gathered):
-                raise RuntimeError(f"chunk {chunk.index}: gathered list and memory disagree")
-            gathered_bytes += chunk.gathered_bytes
+        check_chunks(self.chunks, self._gathered)
+        gathered_bytes = sum(chunk.gathered_bytes for chunk in self.chunks)
         counted_bytes = self.store.bytes_by[Tier.DEVICE, Kind.GATHERED]
         if gathered_bytes != counted_bytes:
             raise RuntimeError(f"gathered copies add up to {gathered_bytes} bytes, {counted_bytes} were counted")

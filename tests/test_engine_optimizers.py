@@ -344,7 +344,7 @@ def test_native_kernel_agrees_with_torch(kind: type[optim.Optimizer], dtype: str
         return kind([{"params": tensors[:half], "weight_decay": 0.1}, {"params": tensors[half:], "lr": 3e-4}],
                     lr=1e-3, weight_decay=0.0)  # type: ignore[call-arg]  # fmt: skip
 
-    whole = Recipe(opt_pre_norm, batches(1), optimizer=two_groups, dtype=dtype, max_grad_norm=0.5, scale=64.0)
+    whole = Recipe(opt_pre_norm, batches(1), optimizer=two_groups, dtype=dtype, max_grad_norm=0.5, scale=1.0)
     reference = Reference(whole)
     engine = make_engine(whole, optimizer={"kernel": "native"}, **placed)
     generator = torch.Generator().manual_seed(0)

@@ -202,10 +202,15 @@ def test_state_dict_of_a_managed_model_holds_values(placed: dict[str, Any]) -> N
     engine.close()
 
 
-def test_load_state_dict_on_a_managed_model_says_what_to_do() -> None:
-    engine = make_engine(recipe("llama"), **PLACED["cpu"])
-    with pytest.raises(RuntimeError, match="gathered_parameters"):
-        engine.module.load_state_dict(llama().state_dict())
+@pytest.mark.parametrize("placed", PLACED.values(), ids=PLACED)
+def test_load_state_dict_on_a_managed_model(placed: dict[str, Any]) -> None:
+    engine = make_engine(recipe("llama"), **placed)
+    wanted = {name: torch.randn_like(value) for name, value in llama().state_dict().items()}
+    with pytest.raises(RuntimeError, match="assign"):
+        engine.module.load_state_dict(wanted, assign=True)
+    engine.module.load_state_dict(wanted)
+    assert all(torch.equal(value, wanted[name]) for name, value in engine.module.state_dict().items())
+    engine.check_integrity()
     engine.close()
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from gemini.arena import HostArena
 from gemini.chunk import ChunkTensor
 from gemini.device import Device
-from gemini.manager import Manager
+from gemini.manager import Manager, Phase
 from gemini.plan import Plan
 from gemini.policy import does_not_fit
 from gemini.segment import MASTER
@@ -25,11 +25,11 @@ from zero import checkpoint, export
 from zero.config.schema import Config
 from zero.dryrun import Blueprint
 from zero.errors import UserError
-from zero.gradient import forget_gradient, settle_gradient, unmanage
+from zero.gradient import forget_gradient, settle_gradient, unmanage, zero_gradient
 from zero.guard import CastGuard
 from zero.hooks import ModelHooks
 from zero.memory_report import MemoryReport
-from zero.optim.chunked import ZeroOptimizer, map_groups, require_ours
+from zero.optim.chunked import ZeroOptimizer, require_ours
 from zero.optim.elementwise import state_bytes_per_numel
 from zero.optim.native import NativeKernel
 from zero.optim.straddle import BLOCK_NUMEL
@@ -87,6 +87,8 @@ class Engine:
         self.skipped_last_step = False
         self.last_step_peak_bytes = 0
         self.scaler = _make_scaler(config)
+        # What the gradients of this window have been multiplied by: a user's own loss.backward() scales nothing.
+        self._applied_scale = 1.0
         self._accumulation = config.train.gradient_accumulation_steps
         self._micro_step = 0
         self._at_loader_end = False
@@ -129,25 +131,21 @@ class Engine:
             self._planner.backward_ends,
         )
         undo.callback(self._hooks.remove)
-        self._export = export.StateDictHook(self.module, self._tensors, self.manager)
-        undo.callback(self._export.remove)
+        undo.callback(export.StateDictHook(self.module, self._tensors, self.manager).remove)
         undo.callback(CastGuard(self.module).remove)
         if optimizer is not None:
-            groups = map_groups(optimizer.param_groups, self._tensors)
-            updater = self._make_updater(optimizer, groups, kernel)
+            updater = self._make_updater(optimizer, kernel)
             self.optimizer = ZeroOptimizer(optimizer, self.manager, self._tensors, updater, self.step, self.zero_grad)
             undo.callback(self.optimizer.release)
         self.manager.apply(policy.initial(self.facts, self.device.capacity_bytes))
         self._buffers = BufferWatch(self.module)
 
-    def _make_updater(
-        self, optimizer: torch.optim.Optimizer, groups: dict[ChunkTensor, dict[str, Any]], kernel: NativeKernel | None
-    ) -> ChunkUpdater:
+    def _make_updater(self, optimizer: torch.optim.Optimizer, kernel: NativeKernel | None) -> ChunkUpdater:
         store, transfer = self.manager.store, self.manager.transfer
         # Temporaries of an update on the device count against its capacity: keep them a small share of it.
         # In whole vectors, as torch's fused kernels take them: see zero.optim.straddle.
         device_piece_numel = min(1 << 24, max(1 << 12, self.device.capacity_bytes // 1024)) // BLOCK_NUMEL * BLOCK_NUMEL
-        return ChunkUpdater(optimizer, groups, store, transfer, kernel, device_piece_numel=device_piece_numel)
+        return ChunkUpdater(optimizer, store, transfer, kernel, device_piece_numel=device_piece_numel)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -157,11 +155,11 @@ class Engine:
         Raises:
             gemini.plan.DoesNotFitError: no placement lets this batch run on the device.
         """
-        self._require_open()
+        self._require_placed()
         self._last_batch = (args, kwargs)
         start = StartingPoint(self._buffers, self.device.torch_device) if self._planner.may_offload else None
         try:
-            return self.module(*args, **kwargs)
+            return self._forward(args, kwargs)
         except torch.OutOfMemoryError as error:
             if start is None or not self._planner.offload_everything():
                 raise self._refusal(error) from error
@@ -169,9 +167,16 @@ class Engine:
         # in the handler above, where the error's traceback still holds what the failed pass had made.
         start.restore()
         try:
-            return self.module(*args, **kwargs)
+            return self._forward(args, kwargs)
         except torch.OutOfMemoryError as error:
             raise self._refusal(error) from error
+
+    def _forward(self, args: Any, kwargs: Any) -> Any:
+        try:
+            return self.module(*args, **kwargs)
+        except BaseException:
+            self._hooks.settle_interrupted_forward()  # torch runs no hooks after a Ctrl-C
+            raise
 
     def backward(self, loss: torch.Tensor, scale_by_accumulation: bool = True) -> None:
         """Computes gradients.
@@ -180,11 +185,13 @@ class Engine:
             loss: scalar; divided by ``gradient_accumulation_steps``, as DeepSpeed and accelerate do.
             scale_by_accumulation: False when the caller has weighted the micro-batches already.
         """
-        self._require_open()
+        self._require_placed()
+        _require_loss(loss)
         if scale_by_accumulation and self._accumulation > 1:
             loss = loss / self._accumulation
         if self.scaler.scale != 1.0:
             loss = loss * self.scaler.scale
+            self._applied_scale = self.scaler.scale
         try:
             with self.device.activity():
                 loss.backward()
@@ -208,7 +215,7 @@ class Engine:
         Raises:
             UserError: the engine was made without an optimizer.
         """
-        self._require_open()
+        self._require_placed()
         if self.optimizer is None:
             raise UserError("engine.step(): initialize() was given no optimizer")
         if not self.is_boundary:
@@ -217,6 +224,7 @@ class Engine:
         self._micro_step = 0
         self._at_loader_end = False
         self.optimizer.call_step_hooks(before=True)
+        self.optimizer.settle()
         self.manager.release_stale()
         for tensor in self._tensors.values():
             settle_gradient(tensor)
@@ -225,7 +233,7 @@ class Engine:
                     f"parameter {tensor.name} began to require gradients after zero.initialize(), which took it over as "
                     "frozen; close() the engine and initialize again"
                 )
-        inverse_scale = 1.0 / self.scaler.scale
+        inverse_scale = 1.0 / self._applied_scale
         statistics = gradient_statistics(self._ordered, inverse_scale)
         self.grad_norm = statistics.norm
         self.skipped_last_step = not statistics.finite
@@ -235,7 +243,9 @@ class Engine:
             self.optimizer.call_step_hooks(before=False)
         else:
             self.num_skipped_steps += 1
-        self.scaler.update(overflow=not statistics.finite)
+        if self._applied_scale == self.scaler.scale:
+            self.scaler.update(overflow=not statistics.finite)
+        self._applied_scale = 1.0
         self.optimizer.mark_stepped()
         self._keep_counters()
 
@@ -259,16 +269,25 @@ class Engine:
         self._last_counters = (self.manager.counters, transfer.h2d_bytes, transfer.d2h_bytes)
         self.manager.reset_counters()
 
-    def zero_grad(self) -> None:
-        """Forgets gradients, unless an accumulation window is open."""
-        if self._micro_step == 0:
-            self._hooks.settle_interrupted_forward()
-            self._hooks.settle_failed_backward()
-            for parameter in self._ordered:
-                if isinstance(parameter, ChunkTensor):
-                    forget_gradient(parameter)
-                else:
-                    parameter.grad = None
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets gradients, unless an accumulation window is open.
+
+        Args:
+            set_to_none: False sets the gradients there are to zero instead: a parameter that the next pass does not use
+                is then updated all the same.
+        """
+        self._require_open()
+        if self._micro_step != 0:
+            return
+        self._hooks.settle_failed_pass()
+        for parameter in self._ordered:
+            if not isinstance(parameter, ChunkTensor):
+                parameter.grad = None
+            elif set_to_none:
+                forget_gradient(parameter)
+            else:
+                zero_gradient(parameter)
+        if set_to_none:
             self.manager.drop_gradients()
 
     def train(self, mode: bool = True) -> Engine:
@@ -341,19 +360,23 @@ class Engine:
         """Full parameters, readable and writable; what was written is taken over on exit.
 
         Inside, every parameter is a host tensor with its authoritative values (the fp32 master where there is one is
-        updated from what you write). Do not run the model inside.
+        updated from what you write). The model cannot run, nor be updated, inside. May be nested.
         """
         self._require_open()
+        if self.manager.all_shown:  # inside another: the parameters are whole already
+            yield self.module
+            return
+        self._hooks.settle_failed_pass()
         self.manager.settle_idle_reads()
-        bound = {tensor: tensor.parameter.data for tensor in self._tensors.values()}
+        bound = {tensor: tensor.bound for tensor in self._tensors.values()}
         for tensor in bound:
-            tensor.parameter.data = tensor.chunk.values_of(tensor)
+            tensor.bound = tensor.chunk.values_of(tensor)
         try:
-            with self.manager.shown_whole(), self._export.paused():
+            with self.manager.shown_whole():
                 yield self.module
         finally:
             for tensor, placed in bound.items():
-                written, tensor.parameter.data = tensor.parameter.data, placed
+                written, tensor.bound = tensor.bound, placed
                 _take_over(self.manager, tensor, written)
 
     def memory_report(self) -> MemoryReport:
@@ -381,21 +404,24 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if the manager's books do not balance."""
+        self._require_open()
         self.manager.check_integrity()
 
     # -- out and over ------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, directory: str | Path, **options: Any) -> Path:
         """Writes everything a resume needs; see :func:`zero.checkpoint.save_checkpoint`."""
+        self._settle()
         return checkpoint.save_checkpoint(self, directory, **options)
 
     def load_checkpoint(self, directory: str | Path, **options: Any) -> checkpoint.LoadedState:
         """Goes on from a checkpoint, bit for bit; see :func:`zero.checkpoint.load_checkpoint`."""
+        self._settle()
         return checkpoint.load_checkpoint(self, directory, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a Hugging Face folder that loads without this project, chunk by chunk."""
-        self._require_open()
+        self._require_placed()
         export.save_pretrained(self.module, self._tensors, Path(directory))
 
     def close(self) -> None:
@@ -403,10 +429,16 @@ class Engine:
 
         Plain PyTorch, or another engine, can go on from there; in bf16 and fp16 without the fp32 master.
         """
-        if not self._closed:
-            self._closed = True
-            self.manager.settle_idle_reads()
-            self._undo.close()
+        if self._closed:
+            return
+        if self.manager.all_shown:
+            raise UserError("engine.close() inside gathered_parameters(): leave it first")
+        self._hooks.settle_failed_pass()
+        if self.manager.phase is not Phase.IDLE:
+            self.manager.abort_pass()  # a forward that nobody took backward
+        self.manager.settle_idle_reads()
+        self._closed = True
+        self._undo.close()
 
     def _dissolve(self) -> None:
         """Chunk by chunk, so that nothing is held twice but one chunk."""
@@ -421,6 +453,21 @@ class Engine:
         if self._closed:
             raise UserError("the engine was closed; make a new one with zero.initialize()")
 
+    def _settle(self) -> None:
+        """What failed is cleared up, and what the user has changed is taken over."""
+        self._require_placed()
+        self._hooks.settle_failed_pass()
+        if self.optimizer is not None:
+            self.optimizer.settle()
+
+    def _require_placed(self) -> None:
+        self._require_open()
+        if self.manager.all_shown:
+            raise UserError(
+                "inside gathered_parameters() parameters can be read and written, but the model cannot run, be updated, "
+                "saved or loaded: leave it first"
+            )
+
 
 def _take_over(manager: Manager, tensor: ChunkTensor, written: torch.Tensor) -> None:
     """New values of a parameter. Elements that nobody touched keep what the master knows beyond the dtype."""
@@ -429,6 +476,14 @@ def _take_over(manager: Manager, tensor: ChunkTensor, written: torch.Tensor) -> 
     if not untouched.all():
         known = tensor.chunk.companion_of(tensor, MASTER) if tensor.chunk.layout.trainable else present
         manager.write(tensor, torch.where(untouched, known, written.to(known.dtype)))
+
+
+def _require_loss(loss: object) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise UserError(
+            f"engine.backward(loss): loss is {loss!r}, but must be a tensor with one element; a Hugging Face model "
+            "returns a loss only for a batch with labels"
+        )
 
 
 def _make_scaler(config: Config) -> LossScaler:

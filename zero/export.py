@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import weakref
 from collections import OrderedDict
@@ -30,11 +29,10 @@ class StateDictHook:
     def __init__(self, root: nn.Module, tensors: dict[int, ChunkTensor], manager: Manager) -> None:
         self._tensors = tensors
         self._manager = manager
-        self._paused = False
         # Of the state_dict that is being made: a tied parameter is copied once, whichever module comes first.
         self._copies: tuple[weakref.ref[Any] | None, dict[int, torch.Tensor]] = (None, {})
         # Plain functions: torch marks hooks with an attribute, which a bound method cannot carry.
-        self._handles = [root.register_load_state_dict_pre_hook(lambda *args: self._refuse_load(*args))]
+        self._handles = [root.register_load_state_dict_pre_hook(lambda *args: self._refuse_assignment(*args))]
         for module in root.modules():
             if module._parameters:
                 self._handles.append(module.register_state_dict_post_hook(lambda *args: self._fill(*args)))
@@ -44,19 +42,10 @@ class StateDictHook:
         for handle in self._handles:
             handle.remove()
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """While parameters are whole tensors of their own, states are read and loaded as torch does it."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
     def _fill(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         """Each module puts in its own parameters; torch calls this for every module of a state_dict."""
         del metadata
-        if self._paused:
+        if self._manager.all_shown:
             return
         self._manager.settle_idle_reads()
         copies = self._copies_for(state)
@@ -78,11 +67,11 @@ class StateDictHook:
     def _forget_copies(self) -> None:
         self._copies = None, {}
 
-    def _refuse_load(self, *_: Any) -> None:
-        if not self._paused:
+    def _refuse_assignment(self, _: Any, __: Any, ___: Any, metadata: dict[str, Any], *____: Any) -> None:
+        if metadata.get("assign_to_params_buffers", False):
             raise RuntimeError(
-                "load_state_dict() on a managed model would write into released memory; write inside "
-                "`with engine.gathered_parameters():`, or load before zero.initialize()"
+                "load_state_dict(assign=True) would replace parameters that an engine manages: leave assign out, or load "
+                "before zero.initialize()"
             )
 
 

@@ -27,7 +27,9 @@ from torch.utils import _pytree as pytree
 
 from gemini.chunk import ChunkTensor
 from gemini.manager import Manager, Phase
-from zero.gradient import settle_gradient, take_autograd_gradient
+from zero.direct import DirectUse, inside_backward, written_between
+from zero.errors import UserError
+from zero.gradient import settle_gradient, take_autograd_gradient, watch_use
 from zero.units import Unit
 
 
@@ -124,7 +126,11 @@ class ModelHooks:
                 module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
                 module.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
             ]
+        direct = DirectUse(
+            self._manager, lambda: self._depth > 0, self._on_read, self._enter_backward, self.settle_dropped_forward
+        )
         for tensor in self._tensors.values():
+            watch_use(tensor, direct.run)
             if tensor.chunk.layout.trainable:
                 self._handles.append(tensor.parameter.register_post_accumulate_grad_hook(self._gradient_ready))
 
@@ -142,6 +148,7 @@ class ModelHooks:
     def _on_read(self, parameter: torch.Tensor) -> None:
         tensor = self._tensors.get(id(parameter))
         if tensor is not None:
+            self.settle_dropped_forward()
             if self._depth == 0 and self._manager.phase is Phase.FORWARD:
                 self._read_by_user.setdefault(tensor, parameter._version)
             with _ordinary_tensors():
@@ -149,9 +156,26 @@ class ModelHooks:
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelHooks:
+        """A copy of the model carries the same hooks, which do nothing for modules that are not the model's."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Raises UserError: a pickle would carry the engine along."""
+        raise UserError(
+            "a managed model cannot be pickled: save model.state_dict() or engine.save_pretrained(), or close() the "
+            "engine first"
+        )
+
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise UserError(
+                "torch.compile cannot see when a managed model's parameters are fetched; use the model uncompiled"
+            )
+        if id(module) not in self._names:
+            return None
         moved = None
-        if module is self._root and self._depth and not _inside_backward():
+        if module is self._root and self._depth and not inside_backward():
             self.settle_interrupted_forward()
         if self._depth == 0:
             moved = self._begin(args, kwargs)
@@ -172,12 +196,17 @@ class ModelHooks:
 
     def _begin(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The outermost module of a pass starts. A forward inside a backward is a recomputation, not a pass."""
-        if _inside_backward():
+        if inside_backward():
             self._enter_backward()
             return args, kwargs
+        if self._manager.all_shown:
+            raise UserError("the model cannot run inside engine.gathered_parameters(): leave it first")
         device = self._manager.device
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device.torch_device), (args, kwargs))
-        training = torch.is_grad_enabled() and any(t.chunk.layout.trainable for t in self._tensors.values())
+        training = torch.is_grad_enabled() and (
+            any(t.chunk.layout.trainable for t in self._tensors.values())
+            or any(t.requires_grad for t in _tensors((args, kwargs)))
+        )
         self._callback_queued = False  # a backward pass that failed never told us of its end
         self._refuse_user_writes()
         self._outer_error = sys.exc_info()[1]
@@ -192,7 +221,7 @@ class ModelHooks:
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         del args, kwargs
-        if self._depth == 0:
+        if self._depth == 0 or id(module) not in self._names:
             return  # the pass could not begin; torch calls us all the same
         returned = list(_tensors(output))
         with _ordinary_tensors():
@@ -211,7 +240,7 @@ class ModelHooks:
         error = sys.exc_info()[1]
         if error is not None and error is not self._outer_error:
             self._running_units.clear()
-            self._manager.abort_pass()
+            self._manager.abort_pass(pending=self.graph_pending)
             return
         with _ordinary_tensors():
             self._manager.end_forward_pass()
@@ -227,7 +256,7 @@ class ModelHooks:
 
     def settle_interrupted_forward(self) -> None:
         """Clears up after a forward that ended in what torch runs no hooks for (Ctrl-C); nothing if there was none."""
-        if self._depth == 0 or _inside_backward():
+        if self._depth == 0 or inside_backward():
             return
         self._leave_contexts()
         self._depth = 0
@@ -270,11 +299,13 @@ class ModelHooks:
         if not isinstance(packed, SavedView):
             return packed  # type: ignore[no-any-return]
         if packed.version != packed.tensor.parameter._version:
-            raise _written(packed.tensor)
-        if _inside_backward():
+            raise written_between(packed.tensor)
+        if inside_backward():
             self._enter_backward()
         self._manager.unpack(packed.tensor)
-        return packed.tensor.chunk.buffer.as_strided(packed.shape, packed.stride, packed.offset)
+        values = packed.tensor.chunk.buffer.as_strided(packed.shape, packed.stride, packed.offset)
+        # With create_graph the backward pass saves them once more, and the buffer will have been given back by then.
+        return values.clone() if torch.is_grad_enabled() else values
 
     # -- backward ----------------------------------------------------------------------------------------------------
 
@@ -328,11 +359,19 @@ class ModelHooks:
         read, self._read_by_user = self._read_by_user, {}
         for tensor, version in read.items():
             if tensor.parameter._version != version:
-                raise _written(tensor)
+                raise written_between(tensor)
 
-    def settle_failed_backward(self) -> None:
-        """Clears up after a backward pass of the user's that ended in an exception; nothing if there was none."""
-        if self._manager.phase is Phase.BACKWARD and not _inside_backward():
+    def settle_dropped_forward(self) -> None:
+        """Ends a training forward whose graph is gone: nobody will take it backward."""
+        if self._depth == 0 and self._manager.phase is Phase.FORWARD and not self.graph_pending:
+            self._read_by_user.clear()
+            self._manager.abort_pass()
+
+    def settle_failed_pass(self) -> None:
+        """Clears up after a forward or a backward of the user's that ended in an exception; nothing if none did."""
+        self.settle_interrupted_forward()
+        self.settle_dropped_forward()
+        if self._manager.phase is Phase.BACKWARD and not inside_backward():
             self.backward_failed()
             self._manager.abort_pass()
 
@@ -347,27 +386,16 @@ class ModelHooks:
         gradient = take_autograd_gradient(parameter)
         if gradient is None:
             return
-        if _inside_backward():
+        if inside_backward():
             self._enter_backward()
         tensor = self._tensors[id(parameter)]
         settle_gradient(tensor)
         self._manager.take_gradient(tensor, gradient)
 
 
-def _written(tensor: ChunkTensor) -> RuntimeError:
-    return RuntimeError(
-        f"parameter {tensor.name} has been modified by an inplace operation between forward and backward; a managed "
-        "parameter keeps what is written before a forward or after a backward, so write it there"
-    )
-
-
 def _ordinary_tensors() -> contextlib.AbstractContextManager[Any]:
     """Buffers made while the user is in inference mode must still be fit for training."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-
-
-def _inside_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

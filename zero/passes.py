@@ -37,9 +37,10 @@ class PassPlanner:
         self._manager = manager
         self._device = device
         self.needs_plan = False
+        # Views of values are in the user's hands: nothing may move.
+        self._fixed = False
         # Non-model bytes that lie on the device when a pass begins: the user holds the last loss, outputs, batches.
         self._held_bytes = 0
-        self._pending = False
         self._traced_held_bytes = 0
         self._planned_held_bytes = 0
 
@@ -49,16 +50,16 @@ class PassPlanner:
         Args:
             training: gradients will be asked for.
             batch_shape: of its largest input tensor.
-            pending: an earlier forward waits for its backward. What it saved may point into resident values, so nothing
-                may move.
+            pending: an earlier forward waits for its backward. What its modules saved comes back wherever the chunks are
+                by then; of what the user's own code holds there may be views.
         """
-        self._pending = pending
+        self._fixed = pending and bool(self._manager.read_by_user)
         self._held_bytes = self._device.memory().non_model_bytes
-        if not pending:
+        if not self._fixed:
             if self._manager.phase is not Phase.IDLE:
-                self._manager.abort_pass()  # a forward that nobody took backward
+                self._manager.abort_pass()  # a forward that nobody has taken backward yet
             self._prepare(training, batch_shape)
-        self._manager.begin_pass(training, batch_shape)
+        self._manager.begin_pass(training, batch_shape, pending)
 
     def _prepare(self, training: bool, batch_shape: tuple[int, ...]) -> None:
         trace = self._manager.trace
@@ -111,7 +112,7 @@ class PassPlanner:
         """
         self.needs_plan = True
         plan = self._manager.plan
-        if not self.may_offload or self._pending or plan is None:
+        if not self.may_offload or self._fixed or plan is None:
             return False
         if not plan.reserve_bytes and not any(p.resident_numel or p.companion_numel for p in plan.placements):
             return False

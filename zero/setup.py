@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gemini.arena import HostArena
@@ -23,7 +24,7 @@ from gemini.transfer import Transfer
 from zero.config.schema import Config
 from zero.errors import UserError
 from zero.gradient import ManagedParameter, manage
-from zero.pending import Reading, release
+from zero.pending import Reading, is_pending, release
 from zero.units import Unit, find_units
 
 logger = logging.getLogger("zero")
@@ -104,6 +105,8 @@ def take_over(
     dtype = DTYPES[config.precision.dtype]
     units = find_units(model)
     _refuse_managed(units)
+    _refuse_compiled(model)
+    _require_dense_gradients(model)
     wants_fp32 = _fp32_names(model, dtype)
     unit_specs = [
         UnitSpec(
@@ -141,7 +144,35 @@ def take_over(
     return Managed(Manager(store, transfer, chunks), units, tensors, names, facts)
 
 
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise UserError(
+                f"module {name or 'model'} is compiled: torch.compile cannot see when parameters are fetched; give "
+                "zero.initialize() the model uncompiled"
+            )
+
+
+def _require_dense_gradients(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise UserError(
+                f"module {name or 'model'} is an {type(module).__name__} with sparse=True: only dense gradients can be "
+                "managed; set sparse=False"
+            )
+
+
 def _spec(name: str, parameter: nn.Parameter, dtype: torch.dtype, keep_fp32: bool) -> ParameterSpec:
+    if isinstance(parameter, UninitializedParameter):
+        raise UserError(
+            f"parameter {name} of a lazy module has no shape yet: run the model once before zero.initialize()"
+        )
+    if parameter.is_meta and not is_pending(parameter):
+        raise UserError(f"parameter {name} is on the meta device and has no values: load them before zero.initialize()")
+    if parameter.is_inference():
+        raise UserError(
+            f"parameter {name} was made in inference mode and cannot be trained: build the model outside of it"
+        )
     if parameter.layout is not torch.strided or parameter.is_quantized:
         raise UserError(f"parameter {name} has layout {parameter.layout}: only plain dense parameters can be managed")
     if is_traceable_wrapper_subclass(parameter):  # DTensor, quantised tensors and the like

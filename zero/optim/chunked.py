@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from gemini.chunk import ChunkTensor
 from gemini.manager import Manager
 from zero.errors import UserError
 from zero.optim.elementwise import require_elementwise
+from zero.optim.shown import ShownStates
 from zero.optim.update import ChunkUpdater
 
 
@@ -39,7 +41,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         tensors: dict[int, ChunkTensor],
         updater: ChunkUpdater,
         on_step: Callable[[], None],
-        on_zero_grad: Callable[[], None],
+        on_zero_grad: Callable[[bool], None],
     ) -> None:
         # Not Optimizer.__init__: groups, defaults and hooks are the user's optimizer's own.
         self.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k not in ("step", "state")})
@@ -48,8 +50,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.updater = updater
         self._on_step = on_step
         self._on_zero_grad = on_zero_grad
+        self._handed_back: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
         self._import_state(optimizer)
         self._original = optimizer
+        self._states = ShownStates(self._state_of, self._write_state, self._trained)
+        optimizer.__dict__["state"] = self._states
+        self.settle()
         self._forward_verbs(optimizer)
 
     def _forward_verbs(self, optimizer: torch.optim.Optimizer) -> None:
@@ -79,6 +85,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def release(self) -> None:
         """The user's own optimizer object is an ordinary one again, but for its states: :meth:`hand_back`."""
+        self._original.__dict__["state"] = self._handed_back
         for name, before in self._replaced.items():
             self._original.__dict__.pop(name, None)
             if before is not None:
@@ -86,11 +93,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def hand_back(self, tensors: Iterable[ChunkTensor]) -> None:
         """Copies states to the user's own optimizer, in the dtype of the parameter as ``load_state_dict`` has it."""
+        self._states.settle()
         for tensor in tensors:
             state = self._state_of(tensor)
             dtype = tensor.entry.spec.dtype
             if state:
-                self._original.state[tensor.parameter] = {
+                self._handed_back[tensor.parameter] = {
                     key: value.to(dtype) if isinstance(value, torch.Tensor) and value.dim() > 0 else value
                     for key, value in state.items()
                 }
@@ -122,9 +130,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets gradients, at the border of an accumulation window."""
-        del set_to_none
-        self._on_zero_grad()
+        """Forgets gradients, or sets those there are to zero, at the border of an accumulation window."""
+        self._on_zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Begins to train more of the model's parameters.
@@ -142,17 +149,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     "zero.initialize() took it over; close() the engine and initialize again"
                 )
         super().add_param_group({**param_group, "params": parameters})
-        self.updater.add_groups(map_groups(self.param_groups[-1:], self._tensors))
+
+    def settle(self) -> None:
+        """Takes over what the user has changed: the groups, and states that were shown."""
+        self.updater.use_groups(map_groups(self.param_groups, self._tensors))
+        self._states.settle()
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     @property
-    def state(self) -> dict[torch.Tensor, dict[str, Any]]:  # type: ignore[override]
-        """Host copies of each parameter's states, as torch's optimizers name them. Writing to them changes nothing."""
-        return {t.parameter: s for t in self._trained() if (s := self._state_of(t))}
+    def state(self) -> ShownStates:  # type: ignore[override]
+        """Each parameter's states, as torch's optimizers name them; what is written to them is taken over."""
+        return self._states
 
-    def _trained(self) -> list[ChunkTensor]:
-        return [self._tensors[id(p)] for group in self.param_groups for p in group["params"] if id(p) in self._tensors]
+    def _trained(self) -> dict[torch.Tensor, ChunkTensor]:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return {p: self._tensors[id(p)] for p in parameters if id(p) in self._tensors}
 
     def _state_of(self, tensor: ChunkTensor) -> dict[str, Any]:
         scalars = self.updater.scalars.get(tensor)
@@ -170,6 +182,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The format of ``torch.optim.Optimizer.state_dict``, with whole states of each parameter on the host."""
+        self._states.settle()
         index = 0
         groups, state = [], {}
         for group in self.param_groups:
@@ -189,6 +202,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: the groups do not match.
         """
+        self._states.settle()
         groups = state_dict["param_groups"]
         lengths = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
         if lengths[0] != lengths[1]:

@@ -35,7 +35,6 @@ class ChunkUpdater:
 
     Args:
         optimizer: the user's; its class and groups give arithmetic and hyperparameters.
-        group_of: the parameter group of each trainable tensor.
         store: gives memory for states that appear on the first step.
         transfer: carries new values between tiers.
         kernel: the native kernel, or None for torch's arithmetic.
@@ -46,7 +45,6 @@ class ChunkUpdater:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        group_of: dict[ChunkTensor, Group],
         store: Store,
         transfer: Transfer,
         kernel: NativeKernel | None,
@@ -54,7 +52,7 @@ class ChunkUpdater:
         device_piece_numel: int = 1 << 20,
     ) -> None:
         self._shadow = shadow_of(optimizer)
-        self._groups = group_of
+        self._groups: dict[ChunkTensor, Group] = {}
         self._store = store
         self._transfer = transfer
         self._kernel = kernel
@@ -62,9 +60,9 @@ class ChunkUpdater:
         self.scalars: dict[ChunkTensor, dict[str, Any]] = {}
         self.keys: dict[str, torch.dtype] = {}
 
-    def add_groups(self, group_of: dict[ChunkTensor, Group]) -> None:
-        """From now on these tensors are updated, too."""
-        self._groups.update(group_of)
+    def use_groups(self, group_of: dict[ChunkTensor, Group]) -> None:
+        """From now on these tensors are updated, each with the hyperparameters of its group."""
+        self._groups = group_of
 
     def forget(self, tensor: ChunkTensor) -> None:
         """The tensor has no states any more: its next update is its first."""
@@ -143,6 +141,9 @@ class ChunkUpdater:
         for piece, master in owners:
             self._keep(segment, piece, state[master])
             master.grad = None
+        # Views of buffers that a plan may move: what is still held then does not leave the device.
+        self._shadow.param_groups = []
+        self._shadow.state = {}  # type: ignore[assignment]
 
     def _state_of(self, segment: Segment, piece: Piece, scalars: dict[str, Any] | None) -> dict[str, Any]:
         """The state a torch optimizer expects of this piece: views of companions, copies of scalars."""

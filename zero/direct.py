@@ -1,0 +1,157 @@
+"""Parameters that the user's own code computes with directly: weight norms, averages, penalties, clamping.
+
+Inside a module a parameter is read as an attribute, which :mod:`zero.hooks` watches. ``model.parameters()`` hands out the
+objects themselves, so each operator that takes one comes here first (:class:`zero.gradient.ManagedParameter`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from gemini.chunk import ChunkTensor
+from gemini.manager import Manager, Phase
+
+
+@dataclass(frozen=True)
+class SavedValues:
+    """What autograd keeps in place of a parameter, or a view of it, that the user's own code computed with."""
+
+    tensor: ChunkTensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    """In elements from the parameter's first."""
+    version: int
+    """How often the user had written the parameter in place."""
+    step: int
+    """Of the chunk: how often it had been updated."""
+
+    def values(self, manager: Manager) -> torch.Tensor:
+        """A copy of its own: nobody tells us when the operator that asks for it is over.
+
+        Raises:
+            RuntimeError: the parameter has changed since.
+        """
+        tensor = self.tensor
+        if (self.version, self.step) != (tensor.parameter._version, tensor.chunk.step):
+            raise written_between(tensor)
+        return manager.copy(tensor).as_strided(self.shape, self.stride, self.offset)
+
+
+class DirectUse:
+    """Runs operators of the user's own code on parameters.
+
+    Args:
+        manager: shows, fetches and holds.
+        inside_module: whether a module of the model runs now.
+        read: as for an attribute that is read.
+        enter_backward: called when a backward pass asks for what was saved here.
+        settle: called first: ends a forward whose graph is gone.
+    """
+
+    def __init__(
+        self,
+        manager: Manager,
+        inside_module: Callable[[], bool],
+        read: Callable[[torch.Tensor], None],
+        enter_backward: Callable[[], None],
+        settle: Callable[[], None],
+    ) -> None:
+        self._manager = manager
+        self._inside_module = inside_module
+        self._read = read
+        self._enter_backward = enter_backward
+        self._settle = settle
+
+    def run(self, tensors: list[ChunkTensor], operator: Callable[[], Any]) -> Any:
+        """Runs an operator with the tensors' values in place.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for all of them at once.
+        """
+        self._settle()
+        if self._manager.phase is Phase.IDLE:
+            return self._between_passes(tensors, operator)
+        if self._inside_module() or self._manager.phase is Phase.BACKWARD:
+            for tensor in tensors:
+                self._read(tensor.parameter)
+            return operator()
+        return self._before_backward(tensors, operator)
+
+    def _between_passes(self, tensors: list[ChunkTensor], operator: Callable[[], Any]) -> Any:
+        for tensor in tensors:
+            self._read(tensor.parameter)
+        if not all(tensor.is_shown for tensor in tensors) and not self._manager.all_shown:
+            raise torch.OutOfMemoryError(
+                f"the device has no room for these {len(tensors)} parameters at once: {', '.join(t.name for t in tensors)}"
+            )
+        with self._saving(tensors):
+            return operator()
+
+    def _before_backward(self, tensors: list[ChunkTensor], operator: Callable[[], Any]) -> Any:
+        """Between forward and backward: held for as long as the operator runs, or as a view of the values lives."""
+        mine = [tensor for tensor in tensors if tensor not in self._manager.read_by_user]
+        for tensor in tensors:
+            self._read(tensor.parameter)
+        try:
+            with self._saving(tensors):
+                result = operator()
+        except BaseException:
+            self._end(mine)
+            raise
+        self._end([tensor for tensor in mine if not _shares_memory(result, tensor)])
+        return result
+
+    def _end(self, tensors: list[ChunkTensor]) -> None:
+        for tensor in tensors:
+            if tensor in self._manager.read_by_user:
+                self._manager.end_user_read(tensor)
+
+    def _saving(self, tensors: list[ChunkTensor]) -> contextlib.AbstractContextManager[Any]:
+        if not torch.is_grad_enabled() or self._manager.all_shown:
+            return contextlib.nullcontext()
+        return saved_tensors_hooks(lambda saved: _pack(saved, tensors), self._unpack)
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if not isinstance(packed, SavedValues):
+            return packed  # type: ignore[no-any-return]
+        if inside_backward():
+            self._enter_backward()
+        return packed.values(self._manager)
+
+
+def written_between(tensor: ChunkTensor) -> RuntimeError:
+    """The error for a parameter whose values backward needs, and which has changed since forward."""
+    return RuntimeError(
+        f"parameter {tensor.name} has been modified by an inplace operation between forward and backward; a managed "
+        "parameter keeps what is written before a forward or after a backward, so write it there"
+    )
+
+
+def inside_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _pack(saved: torch.Tensor, tensors: list[ChunkTensor]) -> Any:
+    address = saved.data_ptr()
+    for tensor in tensors:
+        first, spec = tensor.bound.data_ptr(), tensor.entry.spec
+        offset = (address - first) // saved.dtype.itemsize
+        if saved.dtype == spec.dtype and 0 <= offset < spec.numel:
+            version, step = tensor.parameter._version, tensor.chunk.step
+            return SavedValues(tensor, saved.shape, saved.stride(), offset, version, step)
+    return saved.detach() if saved.grad_fn is not None else saved
+
+
+def _shares_memory(result: Any, tensor: ChunkTensor) -> bool:
+    """Whether some part of an operator's result lies in the memory that the parameter points at."""
+    storage = tensor.bound.untyped_storage().data_ptr()
+    found = result if isinstance(result, (tuple, list)) else (result,)
+    return any(isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() == storage for part in found)
