@@ -412,7 +412,8 @@ class Chunk(Holdings):
 
     def values_of(self, tensor: ChunkTensor) -> torch.Tensor:
         """A host copy of one parameter's authoritative values, in its shape and compute dtype."""
-        return self.copy_out(tensor.entry, None)
+        with self._transfer.device.bookkeeping():
+            return self.copy_out(tensor.entry, None)
 
     def companion_of(self, tensor: ChunkTensor, key: str) -> torch.Tensor:
         """A host copy of one parameter's share of a companion, in its shape.
@@ -420,7 +421,8 @@ class Chunk(Holdings):
         Raises:
             KeyError: no segment of the tensor has such a companion.
         """
-        return self.copy_out(tensor.entry, key)
+        with self._transfer.device.bookkeeping():
+            return self.copy_out(tensor.entry, key)
 
     def write_companion(self, tensor: ChunkTensor, key: str, data: torch.Tensor) -> None:
         """Writes one parameter's share of a companion, allocating the companion if need be."""
@@ -452,7 +454,8 @@ class Chunk(Holdings):
 
     def _bind_placeholders(self) -> None:
         for tensor, placeholder in zip(self.tensors, self._placeholders, strict=True):
-            tensor.bound = placeholder
+            if not tensor.is_shown:  # the user looks at a copy, whatever becomes of the chunk
+                tensor.bound = placeholder
 
     def bind(self, tensor: ChunkTensor) -> None:
         """Points the parameter at where its values are: the chunk's memory on the device, or the placeholder."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -108,10 +108,46 @@ class DryArena(HostArena):
         del num_bytes
         return torch.empty(numel, dtype=dtype)
 
+    def release(self, tensor: torch.Tensor) -> None:
+        """Counts; a fake tensor has no address that could be pinned."""
+        self.host_bytes -= tensor.nbytes
+
 
 def fake_mode() -> FakeTensorMode:
     """A mode in which every new tensor is fake."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def fake_conversions() -> Iterator[None]:
+    """While a model is built of fake tensors: ``module.to()``, which otherwise fails on them, even if it changes nothing.
+
+    PyTorch swaps a fake parameter for its converted twin, and cannot where the fake mode keeps a weak reference to it.
+    """
+    original = nn.Module._apply
+    nn.Module._apply = _convert_fake  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]
+
+
+def _convert_fake(
+    module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    if recurse:
+        for child in module.children():
+            child._apply(convert)
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            with torch.no_grad():
+                converted = convert(tensor)
+            if (converted.dtype, converted.device) != (tensor.dtype, tensor.device):
+                is_parameter = isinstance(tensor, nn.Parameter)
+                tensors[name] = nn.Parameter(converted, tensor.requires_grad) if is_parameter else converted  # type: ignore[assignment]
+    return module
 
 
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -56,7 +56,8 @@ class IdleReads:
         Raises:
             torch.OutOfMemoryError: the device has no room for it.
         """
-        values = tensor.chunk.values_of(tensor)
+        with self._device.bookkeeping():
+            values = tensor.chunk.values_of(tensor)
         while True:
             self._make_room(values.nbytes)
             try:
@@ -68,12 +69,14 @@ class IdleReads:
             except torch.OutOfMemoryError:
                 if not self._shown:
                     raise
-                self._settle_one(next(iter(self._shown)))
+                with self._device.bookkeeping():
+                    self._settle_one(next(iter(self._shown)))
 
     def settle(self) -> None:
         """Takes over what was written; parameters point at where their values are again."""
-        for tensor in list(self._shown):
-            self._settle_one(tensor)
+        with self._device.bookkeeping():
+            for tensor in list(self._shown):
+                self._settle_one(tensor)
 
     def _settle_one(self, tensor: ChunkTensor) -> None:
         del self._shown[tensor]

@@ -35,8 +35,6 @@ from gemini.transfer import Transfer
 
 __all__ = ["Counters", "Manager", "MomentListener", "Phase", "Scope", "UnitBackward"]
 
-_USER = "<user code>"
-
 
 class Phase(Enum):
     """What the model is doing."""
@@ -120,17 +118,16 @@ class Manager:
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
-    def begin_pass(self, training: bool, batch_shape: tuple[int, ...], pending: bool = False) -> None:
+    def begin_pass(self, training: bool, batch_shape: tuple[int, ...]) -> None:
         """A forward pass starts.
 
         Args:
             training: gradients will be asked for; such a pass is recorded.
             batch_shape: of its largest input tensor.
-            pending: the graph of an earlier forward is alive: what the user's code holds for it stays.
         """
         self.settle_idle_reads()
         self._end_all_scopes()
-        self._end_all_backward(but_user=pending)
+        self._end_all_backward()
         self._current_unit = None
         self.phase = Phase.FORWARD
         self.training_pass = training
@@ -147,10 +144,10 @@ class Manager:
             self.phase = Phase.IDLE
             self._release_all()
 
-    def abort_pass(self, pending: bool = False) -> None:
-        """The pass will not go on: nobody holds anything any more, but (``pending``) the user's code for a graph alive."""
+    def abort_pass(self) -> None:
+        """The pass will not go on: nobody holds anything any more."""
         self._end_all_scopes()
-        self._end_all_backward(but_user=pending)
+        self._end_all_backward()
         self._release_all()
         self.phase = Phase.IDLE
 
@@ -219,8 +216,8 @@ class Manager:
         """A parameter is about to be read by the program.
 
         In forward the innermost running module holds it. During backward a forward is a recomputation: ``unit`` (the
-        innermost running unit) holds it hard. Outside any pass the values are shown until the next pass begins, and
-        what the user writes into them is taken over then.
+        innermost running unit) holds it hard. Outside modules, where nobody says how long, the values are shown until
+        something is fetched, and what the user writes into them is taken over then.
         """
         if self.all_shown:
             return
@@ -230,22 +227,8 @@ class Manager:
             if tensor not in self._scopes[-1].held:
                 self._acquire(tensor)
                 self._scopes[-1].held[tensor] = None
-        elif self.phase is Phase.FORWARD:
-            # Between forward and backward the user's own loss reads it; nobody will tell us when that is over.
-            self._hold_in_backward(tensor, _USER, hard=True)
         else:
             self._idle.show(tensor)
-
-    @property
-    def read_by_user(self) -> dict[ChunkTensor, None]:
-        """What the user's code between forward and backward holds: views of it may be in a graph."""
-        return self._units[_USER].hard if _USER in self._units else {}
-
-    def end_user_read(self, tensor: ChunkTensor) -> None:
-        """The user's code between forward and backward is done with it."""
-        del self._units[_USER].hard[tensor]
-        tensor.chunk.let_go(tensor, Move.END_FORWARD)
-        self._give_way()
 
     def _acquire(self, tensor: ChunkTensor) -> None:
         if tensor.state is TensorState.READY_FOR_REDUCE:
@@ -324,11 +307,11 @@ class Manager:
             tensor.chunk.let_go(tensor, Move.END_BACKWARD)
         holds.clear()
 
-    def _end_all_backward(self, but_user: bool = False) -> None:
-        for label in [label for label in self._units if not (but_user and label == _USER)]:
-            holds = self._units.pop(label)
+    def _end_all_backward(self) -> None:
+        for holds in self._units.values():
             self._end_holds(holds.soft)
             self._end_holds(holds.hard)
+        self._units.clear()
 
     def take_gradient(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
         """A parameter's gradient of this backward pass is complete."""

@@ -26,6 +26,11 @@ class ChunkFacts:
     """Bytes per element of the gradient alone (part of ``companion_bytes_per_numel``)."""
 
     @property
+    def master_itemsize(self) -> int:
+        """Bytes per element of a master that is not the values."""
+        return 4 if self.companion_bytes_per_numel and self.value_itemsize < 4 else 0
+
+    @property
     def value_bytes(self) -> int:
         """Bytes of the values, and of a gathered copy."""
         return self.numel * self.value_itemsize
@@ -97,6 +102,27 @@ def persistent_bytes(facts: list[ChunkFacts], placements: list[Placement]) -> tu
             shared = 4 * max(0, placement.companion_numel - placement.resident_numel)
         companions += fact.companion_bytes_per_numel * placement.companion_numel + shared
     return values, companions
+
+
+def host_bytes(facts: list[ChunkFacts], placements: list[Placement]) -> int:
+    """Host bytes of everything that these placements do not keep on the device, every companion being there."""
+    num_bytes = 0
+    for fact, placement in zip(facts, placements, strict=True):
+        num_bytes += fact.value_itemsize * (fact.numel - placement.resident_numel)
+        num_bytes += fact.companion_bytes_per_numel * (fact.numel - placement.companion_numel)
+        if fact.companion_bytes_per_numel and fact.value_itemsize == 4:  # as in persistent_bytes, from the other side
+            num_bytes += 4 * max(0, placement.resident_numel - placement.companion_numel)
+    return num_bytes
+
+
+def first_host_bytes(facts: list[ChunkFacts]) -> int:
+    """Host bytes while the model is taken over, before any placement: all values and masters."""
+    return sum(fact.value_bytes + fact.numel * fact.master_itemsize for fact in facts)
+
+
+def widening_bytes(facts: list[ChunkFacts]) -> int:
+    """Host bytes while a second micro-batch's gradient is added to a first one's: one chunk's is there in two dtypes."""
+    return max((f.value_bytes for f in facts if f.gradient_itemsize > f.value_itemsize), default=0)
 
 
 class DoesNotFitError(ValueError):

@@ -11,12 +11,13 @@ from gemini.segment import Placement
 from gemini.timeline import (
     HardwareProfile,
     largest_gathered_bytes,
+    needed_bytes,
     replay,
     required_bytes,
     used_in_place,
     with_prediction,
 )
-from gemini.trace import Trace
+from gemini.trace import EVALUATION, Moment, Trace
 from gemini.units import format_bytes
 
 POLICIES = ("auto", "cuda", "cpu", "static")
@@ -68,6 +69,12 @@ class Policy:
             raise does_not_fit(facts, plan, trace, capacity_bytes)
         return with_prediction(plan, prediction, trace)
 
+    def refusal(self, facts: list[ChunkFacts], trace: Trace, capacity_bytes: int) -> DoesNotFitError:
+        """Why a trace does not fit, be it for one that :meth:`decide` does not see, such as an evaluation's."""
+        plan = offload_all("auto", facts) if self.name == "auto" else self._fixed(facts)
+        _describe(plan, facts)
+        return does_not_fit(facts, plan, trace, capacity_bytes)
+
     def _fixed(self, facts: list[ChunkFacts]) -> Plan:
         fractions = {
             "cuda": (1.0, 1.0),
@@ -82,7 +89,10 @@ def _describe(plan: Plan, facts: list[ChunkFacts]) -> None:
 
 
 def least_capacity_bytes(facts: list[ChunkFacts], trace: Trace) -> int:
-    """The smallest device on which passes like this trace's run with everything offloaded, with some margin."""
+    """The smallest device on which passes like this trace's run with everything offloaded, with some margin.
+
+    The margin is for activations that grow from pass to pass; :func:`gemini.timeline.required_bytes` is without.
+    """
     return required_bytes(facts, [Placement() for _ in facts], trace, with_margin=True)
 
 
@@ -99,10 +109,11 @@ def does_not_fit(facts: list[ChunkFacts], plan: Plan, trace: Trace, capacity_byt
         ("parameters that stay", "device", plan.resident_parameter_bytes, f"policy {plan.policy}"),
         ("master, optimizer states, gradients", "device", plan.device_optimizer_bytes, f"policy {plan.policy}"),
     ]
-    worst = max(trace.moments, key=lambda m: m.non_model_peak_bytes + m.gathered_peak_bytes, default=None)
+    worst, worst_bytes = _worst(facts, plan, trace)
     if worst is not None:
         note = f"{worst.phase} of {worst.label}"
-        rows.append(("parameters gathered at once", "device", worst.gathered_peak_bytes, note))
+        # What was gathered when the two together were highest: the most of each may fall on different instants.
+        rows.append(("parameters gathered then", "device", max(0, worst_bytes - worst.non_model_peak_bytes), note))
         rows.append(("activations and temporaries", "device", worst.non_model_peak_bytes, note))
     else:
         gathered = [f for f, p in zip(facts, plan.placements, strict=True) if not used_in_place(f, p)]
@@ -118,15 +129,29 @@ def does_not_fit(facts: list[ChunkFacts], plan: Plan, trace: Trace, capacity_byt
     return DoesNotFitError(message, rows, _advice(facts, plan, trace, capacity_bytes))
 
 
+def _worst(facts: list[ChunkFacts], plan: Plan, trace: Trace) -> tuple[Moment | None, int]:
+    """The moment that needs most beside what stays, and how much."""
+    needs = zip(trace.moments, needed_bytes(facts, plan.placements, trace), strict=True)
+    return max(needs, key=lambda pair: pair[1], default=(None, 0))
+
+
 def _advice(facts: list[ChunkFacts], plan: Plan, trace: Trace, capacity_bytes: int) -> str:
     least_bytes = least_capacity_bytes(facts, trace)
     if plan.policy != "auto" and least_bytes <= capacity_bytes:
         return 'smallest change that would fit: memory.policy = "auto", which offloads what does not fit'
     least_bytes = max(least_bytes, capacity_bytes + 1)
     rounded = math.ceil(least_bytes / 1024)
-    advice = f"smallest change that would fit: device.memory of at least {rounded}KiB ({format_bytes(least_bytes)})"
+    advice = f"smallest change that would fit: device.memory of at least {rounded}KiB ({format_bytes(least_bytes)}"
+    tight_bytes = required_bytes(facts, [Placement() for _ in facts], trace)
+    if capacity_bytes < tight_bytes < least_bytes:
+        more_bytes = least_bytes - tight_bytes
+        advice += f": {format_bytes(tight_bytes)}, and {format_bytes(more_bytes)} for activations that may grow"
+    advice += ")"
     if plan.policy != "auto":
         advice += ' with memory.policy = "auto"'
-    if trace.moments:
+    worst, _ = _worst(facts, plan, trace)
+    if worst is not None and worst.phase == EVALUATION:
+        advice += ", or a lower train.per_device_eval_batch_size"
+    elif worst is not None:
         advice += ", or fewer tokens in a micro-batch, or train.gradient_checkpointing = true"
     return advice

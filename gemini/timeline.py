@@ -59,7 +59,7 @@ def transient_bytes(
 
     It depends on which chunks are resident as a whole, and on whether any companions are on the device.
     """
-    needs = _needs(facts, placements, trace)
+    needs = needed_bytes(facts, placements, trace)
     if with_margin:
         needs = [n + m.reserve_bytes - m.non_model_peak_bytes for n, m in zip(needs, trace.moments, strict=True)]
     need_bytes = max(*needs, 0, largest_gathered_bytes(facts, placements))
@@ -78,7 +78,7 @@ def used_in_place(fact: ChunkFacts, placement: Placement) -> bool:
     return placement.resident_numel >= fact.numel and placement.companion_numel in (0, fact.numel)
 
 
-def _needs(facts: list[ChunkFacts], placements: list[Placement], trace: Trace) -> list[int]:
+def needed_bytes(facts: list[ChunkFacts], placements: list[Placement], trace: Trace) -> list[int]:
     """Bytes beside what stays that each moment cannot do without."""
     gathered_bytes = [0 if used_in_place(f, p) else f.value_bytes for f, p in zip(facts, placements, strict=True)]
     were_resident = set(trace.resident)
@@ -116,7 +116,7 @@ def replay(
     """
     next_use = next_use or NextUse(trace)
     persistent = sum(persistent_bytes(facts, placements))
-    needs = _needs(facts, placements, trace)
+    needs = needed_bytes(facts, placements, trace)
     held_numel = [0 if used_in_place(f, p) else f.numel for f, p in zip(facts, placements, strict=True)]
     gathered = _Gathered([n * f.value_itemsize for n, f in zip(held_numel, facts, strict=True)], next_use)
     peak = persistent

@@ -8,6 +8,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
+EVALUATION = "evaluation"
+"""Phase of a moment that stands for a whole pass without gradients, in a dry run."""
+
 
 @dataclass
 class Moment:
@@ -16,7 +19,7 @@ class Moment:
     label: str
     """Unit name."""
     phase: str
-    """``"forward"`` or ``"backward"``."""
+    """``"forward"`` or ``"backward"``; :data:`EVALUATION` in a dry run."""
     reads: list[int] = field(default_factory=list)
     """Chunk indices in the order they were first read; first those still in use from the moment before."""
     gradients: list[int] = field(default_factory=list)

@@ -142,7 +142,7 @@ def test_the_engine_refuses_with_a_capacity_that_works() -> None:
 
 
 def test_a_host_budget_that_is_too_small_is_refused() -> None:
-    config = load_config({**_config(), "memory": {"host": "1MiB"}})
+    config = load_config({**_config(), "memory": {"host": "800KiB"}})
     planned = plan_run(config, make_device(config))
     assert planned is not None
     assert planned.refusal is not None

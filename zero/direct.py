@@ -53,6 +53,7 @@ class DirectUse:
         read: as for an attribute that is read.
         enter_backward: called when a backward pass asks for what was saved here.
         settle: called first: ends a forward whose graph is gone.
+        make_way: called before so many bytes are used between forward and backward.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class DirectUse:
         read: Callable[[torch.Tensor], None],
         enter_backward: Callable[[], None],
         settle: Callable[[], None],
+        make_way: Callable[[int], None],
     ) -> None:
         self._manager = manager
         self._inside_module = inside_module
         self._read = read
         self._enter_backward = enter_backward
         self._settle = settle
+        self._make_way = make_way
 
     def run(self, tensors: list[ChunkTensor], operator: Callable[[], Any]) -> Any:
         """Runs an operator with the tensors' values in place.
@@ -76,47 +79,30 @@ class DirectUse:
             torch.OutOfMemoryError: the device has no room for all of them at once.
         """
         self._settle()
-        if self._manager.phase is Phase.IDLE:
-            return self._between_passes(tensors, operator)
         if self._inside_module() or self._manager.phase is Phase.BACKWARD:
             for tensor in tensors:
                 self._read(tensor.parameter)
             return operator()
-        return self._before_backward(tensors, operator)
+        self._show(tensors)
+        with self._saving(tensors):
+            return operator()
 
-    def _between_passes(self, tensors: list[ChunkTensor], operator: Callable[[], Any]) -> Any:
+    def _show(self, tensors: list[ChunkTensor]) -> None:
+        if self._manager.phase is Phase.FORWARD and not all(tensor.is_shown for tensor in tensors):
+            self._manager.settle_idle_reads()  # backward is near: copies must not pile up beside the graph
+            self._make_way(sum(t.entry.spec.numel * t.entry.spec.dtype.itemsize for t in tensors))
         for tensor in tensors:
             self._read(tensor.parameter)
         if not all(tensor.is_shown for tensor in tensors) and not self._manager.all_shown:
             raise torch.OutOfMemoryError(
                 f"the device has no room for these {len(tensors)} parameters at once: {', '.join(t.name for t in tensors)}"
             )
-        with self._saving(tensors):
-            return operator()
-
-    def _before_backward(self, tensors: list[ChunkTensor], operator: Callable[[], Any]) -> Any:
-        """Between forward and backward: held for as long as the operator runs, or as a view of the values lives."""
-        mine = [tensor for tensor in tensors if tensor not in self._manager.read_by_user]
-        for tensor in tensors:
-            self._read(tensor.parameter)
-        try:
-            with self._saving(tensors):
-                result = operator()
-        except BaseException:
-            self._end(mine)
-            raise
-        self._end([tensor for tensor in mine if not _shares_memory(result, tensor)])
-        return result
-
-    def _end(self, tensors: list[ChunkTensor]) -> None:
-        for tensor in tensors:
-            if tensor in self._manager.read_by_user:
-                self._manager.end_user_read(tensor)
 
     def _saving(self, tensors: list[ChunkTensor]) -> contextlib.AbstractContextManager[Any]:
         if not torch.is_grad_enabled() or self._manager.all_shown:
             return contextlib.nullcontext()
-        return saved_tensors_hooks(lambda saved: _pack(saved, tensors), self._unpack)
+        shown = [(tensor, tensor.bound) for tensor in tensors]  # alive for as long as addresses are compared
+        return saved_tensors_hooks(lambda saved: _pack(saved, shown), self._unpack)
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, SavedValues):
@@ -139,19 +125,12 @@ def inside_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _pack(saved: torch.Tensor, tensors: list[ChunkTensor]) -> Any:
+def _pack(saved: torch.Tensor, shown: list[tuple[ChunkTensor, torch.Tensor]]) -> Any:
+    """A note in place of a view of a parameter, as far as the parameter was shown when the operator began."""
     address = saved.data_ptr()
-    for tensor in tensors:
-        first, spec = tensor.bound.data_ptr(), tensor.entry.spec
-        offset = (address - first) // saved.dtype.itemsize
-        if saved.dtype == spec.dtype and 0 <= offset < spec.numel:
+    for tensor, values in shown:
+        offset = (address - values.data_ptr()) // saved.dtype.itemsize
+        if saved.dtype == values.dtype and 0 <= offset < values.numel():
             version, step = tensor.parameter._version, tensor.chunk.step
             return SavedValues(tensor, saved.shape, saved.stride(), offset, version, step)
     return saved.detach() if saved.grad_fn is not None else saved
-
-
-def _shares_memory(result: Any, tensor: ChunkTensor) -> bool:
-    """Whether some part of an operator's result lies in the memory that the parameter points at."""
-    storage = tensor.bound.untyped_storage().data_ptr()
-    found = result if isinstance(result, (tuple, list)) else (result,)
-    return any(isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() == storage for part in found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,14 +12,35 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gemini.dryrun import DryArena, DryDevice, fake_copy, fake_mode
-from gemini.trace import Trace
+from gemini.trace import EVALUATION, Moment, Trace
 from zero.config.loading import load_config
 from zero.config.schema import Config
+from zero.errors import UserError
 
 if TYPE_CHECKING:
     from zero.engine import Engine
 
 logger = logging.getLogger("zero")
+
+
+class CannotWalkError(RuntimeError):
+    """The model's own code failed on tensors without values; says with what."""
+
+
+@contextlib.contextmanager
+def models_own_code() -> Iterator[None]:
+    """Around calls of the model's code in a dry run, which may fail in any way there; ours outside may not.
+
+    Raises:
+        CannotWalkError: it did.
+    """
+    try:
+        yield
+    except (CannotWalkError, UserError):
+        raise
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0][:200]
+        raise CannotWalkError(f"{type(error).__name__}: {said}") from error
 
 
 def walk(
@@ -36,7 +59,7 @@ def walk(
         The trace, and the engine that made it.
 
     Raises:
-        Exception: whatever the model raises where its forward depends on values.
+        CannotWalkError: the model failed, as it does where its forward depends on values.
     """
     from zero.engine import Engine
 
@@ -45,10 +68,40 @@ def walk(
         memory |= {"policy": "static", "resident_parameters": 0.0, "resident_optimizer": 0.0}
     offloaded = load_config(config, {"memory": memory})
     engine = Engine(model, optimizer, None, offloaded, DryDevice(), None, arena=DryArena)
-    engine.backward(_some_loss(engine(*args, **kwargs)))  # nothing but the loss outlives the forward, as in a loop
+    with models_own_code():
+        engine.backward(_some_loss(engine(*args, **kwargs)))  # nothing but the loss outlives the forward, as in a loop
     if engine.manager.trace is None:
         raise RuntimeError("the dry run recorded nothing")
     return engine.manager.trace, engine
+
+
+def walk_evaluation(engine: Engine, batch: dict[str, torch.Tensor], held_bytes: int = 0) -> Moment:
+    """Forward of one batch without gradients, everything offloaded. Call it inside the fake mode, after a training pass.
+
+    Args:
+        engine: from :func:`walk`.
+        batch: keyword arguments of the model.
+        held_bytes: what the loop holds on the device meanwhile.
+
+    Returns:
+        What the pass needs, as one moment that reads every chunk.
+
+    Raises:
+        CannotWalkError: the model failed, as it does where its forward depends on values.
+    """
+    engine.eval()
+    engine.device.reset_peaks()
+    with models_own_code(), torch.no_grad():
+        engine(**batch)
+    memory = engine.device.memory()
+    return Moment(
+        " x ".join(str(length) for length in batch["input_ids"].shape) + " tokens",
+        EVALUATION,
+        [fact.index for fact in engine.facts],
+        non_model_peak_bytes=memory.non_model_peak_bytes + held_bytes,
+        gathered_peak_bytes=engine.device.model_data_peak_bytes,
+        both_peak_bytes=memory.peak_bytes + held_bytes,
+    )
 
 
 def _some_loss(output: Any) -> torch.Tensor:
@@ -83,6 +136,6 @@ class Blueprint:
         try:
             with self._mode:
                 return walk(model, None, config, *fake)[0]
-        except Exception as error:  # the forward depends on values
+        except Exception as error:  # only advice is lost, and the refusal that asks for it must come out
             logger.debug("the blueprint cannot be walked through: %s", error)
             return None

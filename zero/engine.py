@@ -35,7 +35,7 @@ from zero.optim.native import NativeKernel
 from zero.optim.straddle import BLOCK_NUMEL
 from zero.optim.update import ChunkUpdater
 from zero.passes import PassPlanner
-from zero.precision import LossScaler, clip_coefficient, gradient_statistics
+from zero.precision import LossScaler, clip_coefficient, gradient_statistics, require_loss
 from zero.rerun import BufferWatch, StartingPoint
 from zero.setup import Managed, make_policy, take_over
 
@@ -127,15 +127,16 @@ class Engine:
             managed.units,
             self.manager,
             self._tensors,
-            self._planner.pass_begins,
-            self._planner.backward_ends,
+            self._planner,
         )
         undo.callback(self._hooks.remove)
         undo.callback(export.StateDictHook(self.module, self._tensors, self.manager).remove)
         undo.callback(CastGuard(self.module).remove)
         if optimizer is not None:
             updater = self._make_updater(optimizer, kernel)
-            self.optimizer = ZeroOptimizer(optimizer, self.manager, self._tensors, updater, self.step, self.zero_grad)
+            self.optimizer = ZeroOptimizer(
+                optimizer, self.manager, self._tensors, updater, self.step, self.zero_grad, self._hooks.settle_outside
+            )
             undo.callback(self.optimizer.release)
         self.manager.apply(policy.initial(self.facts, self.device.capacity_bytes))
         self._buffers = BufferWatch(self.module)
@@ -186,7 +187,7 @@ class Engine:
             scale_by_accumulation: False when the caller has weighted the micro-batches already.
         """
         self._require_placed()
-        _require_loss(loss)
+        require_loss(loss)
         if scale_by_accumulation and self._accumulation > 1:
             loss = loss / self._accumulation
         if self.scaler.scale != 1.0:
@@ -252,6 +253,8 @@ class Engine:
     def _update(self, factor: float) -> None:
         if self.optimizer is None:
             return
+        if self.optimizer.updater.makes_states_on_device(self.manager.chunks):
+            self._planner.offload_everything()  # no plan knows of states that were reset
         if any(s.companion_tier is Tier.DEVICE for c in self.manager.chunks for s in c.segments):
             self.manager.make_room_for_step()
         self.device.reset_peaks()
@@ -476,14 +479,6 @@ def _take_over(manager: Manager, tensor: ChunkTensor, written: torch.Tensor) -> 
     if not untouched.all():
         known = tensor.chunk.companion_of(tensor, MASTER) if tensor.chunk.layout.trainable else present
         manager.write(tensor, torch.where(untouched, known, written.to(known.dtype)))
-
-
-def _require_loss(loss: object) -> None:
-    if not isinstance(loss, torch.Tensor):
-        raise UserError(
-            f"engine.backward(loss): loss is {loss!r}, but must be a tensor with one element; a Hugging Face model "
-            "returns a loss only for a batch with labels"
-        )
 
 
 def _make_scaler(config: Config) -> LossScaler:

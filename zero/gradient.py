@@ -45,7 +45,7 @@ def _asks_nothing() -> frozenset[Any]:
     """Operators that tell nothing of the values and change none: asked all the time, they must not fetch anything."""
     properties: list[Any] = [p for name in _PROPERTIES.split() if (p := getattr(torch.Tensor, name, None)) is not None]
     methods = [m for name in _METHODS.split() if (m := getattr(torch.Tensor, name, None)) is not None]
-    functions = [torch.is_floating_point, torch.is_complex, torch.is_signed, torch.numel]
+    functions = [torch.is_floating_point, torch.is_complex, torch.is_signed, torch.numel, torch.autograd.grad]
     return frozenset([*(p.__get__ for p in properties), *(p.__set__ for p in properties), *methods, *functions])
 
 

@@ -29,8 +29,11 @@ from gemini.chunk import ChunkTensor
 from gemini.manager import Manager, Phase
 from zero.direct import DirectUse, inside_backward, written_between
 from zero.errors import UserError
-from zero.gradient import settle_gradient, take_autograd_gradient, watch_use
+from zero.gradient import settle_gradient, settle_gradients, take_autograd_gradient, watch_use
+from zero.passes import PassPlanner
 from zero.units import Unit
+
+_CALL = nn.Module._call_impl.__code__
 
 
 class WatchedParameters(dict[str, Any]):
@@ -83,9 +86,7 @@ class ModelHooks:
         units: from :func:`zero.units.find_units`.
         manager: told of everything.
         tensors: chunk tensors by ``id`` of their parameter.
-        on_pass: called when a pass begins, before anything runs: ``on_pass(training, batch_shape, pending)``; ``pending``
-            says that the graph of an earlier forward still waits for its backward.
-        on_backward_end: called when a backward pass is over.
+        planner: told when a pass begins, before anything runs, when a backward is over, and when memory ran out.
     """
 
     def __init__(
@@ -94,14 +95,12 @@ class ModelHooks:
         units: list[Unit],
         manager: Manager,
         tensors: dict[int, ChunkTensor],
-        on_pass: Callable[[bool, tuple[int, ...], bool], None],
-        on_backward_end: Callable[[], None],
+        planner: PassPlanner,
     ) -> None:
         self._root = root
         self._manager = manager
         self._tensors = tensors
-        self._on_pass = on_pass
-        self._on_backward_end = on_backward_end
+        self._planner = planner
         self._unit_labels = {id(unit.module): unit.label for unit in units}
         self._names = {id(module): name or "model" for name, module in root.named_modules()}
         self._running_units: list[str] = []
@@ -111,8 +110,6 @@ class ModelHooks:
         self._handles: list[Any] = []
         self._callback_queued = False
         self._saving: Any = None
-        # Between forward and backward the user's loss may read parameters; what it wrote there would be lost.
-        self._read_by_user: dict[ChunkTensor, int] = {}
         self._graphs: list[weakref.ref[PendingGraph]] = []
         self._install()
 
@@ -127,7 +124,12 @@ class ModelHooks:
                 module.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
             ]
         direct = DirectUse(
-            self._manager, lambda: self._depth > 0, self._on_read, self._enter_backward, self.settle_dropped_forward
+            self._manager,
+            inside_module=lambda: self._depth > 0,
+            read=self._on_read,
+            enter_backward=self._enter_backward,
+            settle=self.settle_outside,
+            make_way=self._planner.make_way,
         )
         for tensor in self._tensors.values():
             watch_use(tensor, direct.run)
@@ -148,9 +150,7 @@ class ModelHooks:
     def _on_read(self, parameter: torch.Tensor) -> None:
         tensor = self._tensors.get(id(parameter))
         if tensor is not None:
-            self.settle_dropped_forward()
-            if self._depth == 0 and self._manager.phase is Phase.FORWARD:
-                self._read_by_user.setdefault(tensor, parameter._version)
+            self.settle_outside()
             with _ordinary_tensors():
                 self._manager.read(tensor, self._running_units[-1] if self._running_units else None)
 
@@ -201,6 +201,7 @@ class ModelHooks:
             return args, kwargs
         if self._manager.all_shown:
             raise UserError("the model cannot run inside engine.gathered_parameters(): leave it first")
+        settle_gradients(self._tensors.values())  # copies of gradients that the user looked at would be in the way
         device = self._manager.device
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device.torch_device), (args, kwargs))
         training = torch.is_grad_enabled() and (
@@ -208,10 +209,9 @@ class ModelHooks:
             or any(t.requires_grad for t in _tensors((args, kwargs)))
         )
         self._callback_queued = False  # a backward pass that failed never told us of its end
-        self._refuse_user_writes()
         self._outer_error = sys.exc_info()[1]
         with _ordinary_tensors():
-            self._on_pass(training, _largest_shape((args, kwargs)), self.graph_pending)
+            self._planner.pass_begins(training, _largest_shape((args, kwargs)), self.graph_pending)
         self._pass_context = device.activity()
         self._pass_context.__enter__()
         self._saving = saved_tensors_hooks(self._pack, self._unpack) if training else None
@@ -240,7 +240,9 @@ class ModelHooks:
         error = sys.exc_info()[1]
         if error is not None and error is not self._outer_error:
             self._running_units.clear()
-            self._manager.abort_pass(pending=self.graph_pending)
+            self._manager.abort_pass()
+            if isinstance(error, torch.OutOfMemoryError):
+                self._planner.ran_out()
             return
         with _ordinary_tensors():
             self._manager.end_forward_pass()
@@ -352,33 +354,30 @@ class ModelHooks:
             if graph is not None:
                 graph.done |= graph.entered
         self._manager.device.expects_backward = self.graph_pending
-        self._on_backward_end()
-        self._refuse_user_writes()
+        self._planner.backward_ends()
 
-    def _refuse_user_writes(self) -> None:
-        read, self._read_by_user = self._read_by_user, {}
-        for tensor, version in read.items():
-            if tensor.parameter._version != version:
-                raise written_between(tensor)
-
-    def settle_dropped_forward(self) -> None:
-        """Ends a training forward whose graph is gone: nobody will take it backward."""
-        if self._depth == 0 and self._manager.phase is Phase.FORWARD and not self.graph_pending:
-            self._read_by_user.clear()
+    def settle_outside(self) -> None:
+        """Ends what no module runs for any more: an interrupted forward, one whose graph is gone, a failed backward."""
+        if self._depth and not _forward_runs():
+            self.settle_interrupted_forward()
+        if self._depth or self._manager.phase is Phase.IDLE:
+            return
+        if self._manager.phase is Phase.FORWARD:
+            if not self.graph_pending:
+                self._manager.abort_pass()
+        elif not inside_backward():
+            self.backward_failed()
             self._manager.abort_pass()
 
     def settle_failed_pass(self) -> None:
         """Clears up after a forward or a backward of the user's that ended in an exception; nothing if none did."""
         self.settle_interrupted_forward()
-        self.settle_dropped_forward()
-        if self._manager.phase is Phase.BACKWARD and not inside_backward():
-            self.backward_failed()
-            self._manager.abort_pass()
+        self.settle_outside()
 
     def backward_failed(self) -> None:
         """A backward pass ended in an exception: autograd ran no callback."""
+        self._planner.ran_out()
         self._callback_queued = False
-        self._read_by_user.clear()
         self._manager.device.expects_backward = False
 
     def _gradient_ready(self, parameter: torch.Tensor) -> None:
@@ -396,6 +395,16 @@ class ModelHooks:
 def _ordinary_tensors() -> contextlib.AbstractContextManager[Any]:
     """Buffers made while the user is in inference mode must still be fit for training."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
+def _forward_runs() -> bool:
+    """Whether some module's forward is on the stack: torch runs no hooks after a Ctrl-C. Usually a few frames away."""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        if frame.f_code is _CALL:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -37,12 +37,14 @@ class PassPlanner:
         self._manager = manager
         self._device = device
         self.needs_plan = False
-        # Views of values are in the user's hands: nothing may move.
-        self._fixed = False
         # Non-model bytes that lie on the device when a pass begins: the user holds the last loss, outputs, batches.
         self._held_bytes = 0
         self._traced_held_bytes = 0
         self._planned_held_bytes = 0
+        # A pass ran out of memory: the next one begins with nothing on the device, and plans leave more room.
+        self._ran_out = False
+        self._margin_bytes = 0
+        self._planned_margin_bytes = 0
 
     def pass_begins(self, training: bool, batch_shape: tuple[int, ...], pending: bool) -> None:
         """A forward pass is about to run.
@@ -50,23 +52,47 @@ class PassPlanner:
         Args:
             training: gradients will be asked for.
             batch_shape: of its largest input tensor.
-            pending: an earlier forward waits for its backward. What its modules saved comes back wherever the chunks are
-                by then; of what the user's own code holds there may be views.
+            pending: an earlier forward waits for its backward. What it saved comes back wherever the chunks are by then.
         """
-        self._fixed = pending and bool(self._manager.read_by_user)
         self._held_bytes = self._device.memory().non_model_bytes
-        if not self._fixed:
-            if self._manager.phase is not Phase.IDLE:
-                self._manager.abort_pass()  # a forward that nobody has taken backward yet
-            self._prepare(training, batch_shape)
-        self._manager.begin_pass(training, batch_shape, pending)
+        if self._manager.phase is not Phase.IDLE:
+            self._manager.abort_pass()  # a forward that nobody has taken backward yet
+        self._prepare(training, batch_shape, pending)
+        self._manager.begin_pass(training, batch_shape)
 
-    def _prepare(self, training: bool, batch_shape: tuple[int, ...]) -> None:
+    def _prepare(self, training: bool, batch_shape: tuple[int, ...], pending: bool) -> None:
         trace = self._manager.trace
-        if trace is not None and not trace.covers(batch_shape):
-            self.offload_everything()  # nobody knows what this larger batch needs: warm up again
+        if trace is None:
+            return
+        if not trace.covers(batch_shape) or self._ran_out or (pending and self._crowded(trace)):
+            self._ran_out = False
+            self.offload_everything()  # nobody knows what this pass needs: warm up again
         elif training and (self.needs_plan or self._held_bytes > self._planned_held_bytes):
             self._replan()
+
+    def _crowded(self, trace: Trace) -> bool:
+        """Whether a pass beside the graph of another might not fit beside what the plan keeps on the device."""
+        gathered_bytes = max(fact.value_bytes for fact in self._facts)
+        needed_bytes = self._held_bytes + trace.non_model_peak_bytes + gathered_bytes
+        return self._device.model_data_bytes + needed_bytes > self._device.capacity_bytes
+
+    def ran_out(self) -> None:
+        """A pass ran out of memory, or broke off in backward for a reason that nobody told us."""
+        self._ran_out = True
+        least_bytes, most_bytes = self._device.capacity_bytes // 64, self._device.capacity_bytes // 2
+        self._margin_bytes = min(most_bytes, max(least_bytes, 2 * self._margin_bytes))
+
+    def make_way(self, num_bytes: int) -> None:
+        """Between forward and backward ``num_bytes`` will be used that no trace knows of: this plan, or the next, has room.
+
+        What a forward has saved comes back wherever the chunks are by then, so everything may go at once.
+        """
+        plan = self._manager.plan
+        if plan is None or not plan.reserve_bytes or num_bytes <= self._planned_margin_bytes:
+            return
+        self._margin_bytes = max(self._margin_bytes, num_bytes)
+        self._manager.abort_pass()
+        self.offload_everything()
 
     def backward_ends(self) -> None:
         """A training pass was recorded whole."""
@@ -83,9 +109,11 @@ class PassPlanner:
         more_bytes = max(0, self._held_bytes - self._traced_held_bytes)
         if more_bytes:
             more_bytes += self._device.capacity_bytes // _SLACK
+        margin_bytes = more_bytes + self._margin_bytes
+        self._planned_margin_bytes = self._margin_bytes
         self._planned_held_bytes = self._traced_held_bytes + more_bytes
         try:
-            plan = self._policy.decide(self._facts, _with_more(trace, more_bytes), self._device.capacity_bytes)
+            plan = self._policy.decide(self._facts, _with_more(trace, margin_bytes), self._device.capacity_bytes)
         except DoesNotFitError as error:
             # The pass that was traced did run, so this is a prediction on the safe side: go on as it ran.
             logger.debug("no plan from the trace: %s", error)
@@ -112,7 +140,7 @@ class PassPlanner:
         """
         self.needs_plan = True
         plan = self._manager.plan
-        if not self.may_offload or self._fixed or plan is None:
+        if not self.may_offload or plan is None:
             return False
         if not plan.reserve_bytes and not any(p.resident_numel or p.companion_numel for p in plan.placements):
             return False

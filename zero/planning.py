@@ -11,42 +11,80 @@ import torch
 from torch import nn
 
 from gemini.device import Device
-from gemini.dryrun import fake_mode
+from gemini.dryrun import fake_conversions, fake_mode
 from gemini.hostinfo import host_memory
-from gemini.plan import ChunkFacts, DoesNotFitError, Plan
+from gemini.plan import ChunkFacts, DoesNotFitError, Plan, first_host_bytes, host_bytes, widening_bytes
 from gemini.policy import Policy, least_capacity_bytes
-from gemini.trace import Trace
+from gemini.segment import Placement
+from gemini.timeline import required_bytes
+from gemini.trace import Moment, Trace
+from gemini.units import format_bytes
 from zero.config.schema import Config
-from zero.dryrun import walk
+from zero.dryrun import models_own_code, walk, walk_evaluation
 from zero.models.build import dress, model_config
 from zero.optimizers import build_optimizer
 from zero.setup import make_policy
 
 logger = logging.getLogger("zero")
 
+Shape = tuple[int, int]
+"""Rows of a batch, and tokens per row."""
+
+_SCALARS_BYTES = 4096
+"""Losses, norms and the like that a loop holds beside its last batches while it evaluates: less than this."""
+
 
 @dataclass(frozen=True)
-class PlannedRun:
-    """What a dry run found.
+class DryRun:
+    """What a config's passes need, whatever the device.
 
     Attributes:
         num_parameters: of the model, tied ones once.
         facts: of its chunks.
         trace: of one micro-batch of the config's shape.
-        plan: what the policy decided for the device's capacity; None if it does not fit.
-        refusal: why not, if it does not fit.
-        least_device_bytes: the smallest device that works under ``auto``.
-        host_bytes: model data that the plan keeps on the host; of the all-offloaded one if it does not fit.
-        host_available_bytes: host memory free at the time.
+        evaluation: of one evaluation batch; None where there is none.
     """
 
     num_parameters: int
     facts: list[ChunkFacts]
     trace: Trace
+    evaluation: Moment | None = None
+
+    @property
+    def whole(self) -> Trace:
+        """Training and evaluation as one trace, to say what both need."""
+        evaluation = [self.evaluation] if self.evaluation is not None else []
+        return Trace([*self.trace.moments, *evaluation], resident=self.trace.resident)
+
+    @property
+    def tight_device_bytes(self) -> int:
+        """The smallest device that is accepted under ``auto``."""
+        return required_bytes(self.facts, [Placement() for _ in self.facts], self.whole)
+
+    @property
+    def least_device_bytes(self) -> int:
+        """The smallest device to be advised: with room for activations that grow from pass to pass."""
+        return least_capacity_bytes(self.facts, self.whole)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What a dry run found, and what was decided from it.
+
+    Attributes:
+        dry: what the passes need.
+        plan: what the policy decided for the device's capacity; None if it does not fit.
+        refusal: why not, if it does not fit.
+        host_bytes: model data that the plan keeps on the host; of the all-offloaded one if it does not fit.
+        host_peak_bytes: model data on the host at the highest: before the first plan, or during the steps.
+        host_available_bytes: host memory free at the time.
+    """
+
+    dry: DryRun
     plan: Plan | None
     refusal: DoesNotFitError | None
-    least_device_bytes: int
     host_bytes: int
+    host_peak_bytes: int
     host_available_bytes: int
 
     def require(self) -> Plan:
@@ -63,8 +101,12 @@ class PlannedRun:
 
 
 def plan_run(
-    config: Config, device: Device, tokenizer: Any = None, host_available_bytes: int | None = None
-) -> PlannedRun | None:
+    config: Config,
+    device: Device,
+    tokenizer: Any = None,
+    host_available_bytes: int | None = None,
+    evaluation_shape: Shape | None = None,
+) -> PlannedRun:
     """Walks one micro-batch of the config's shape through the model without loading it.
 
     Args:
@@ -72,10 +114,11 @@ def plan_run(
         device: that it is planned for.
         tokenizer: of the run, for a model given inline.
         host_available_bytes: of the machine that it is planned for; by default what this one has free.
+        evaluation_shape: of the largest evaluation batch; None where nothing is evaluated.
 
-    Returns:
-        What was found; None where the model's forward depends on data (it branches on values), so that only the
-        warm-up of the real run can tell.
+    Raises:
+        CannotWalkError: the model fails on tensors without values (its forward branches on them, say), so that only the
+            warm-up of the real run can tell.
     """
     shape = (config.train.per_device_train_batch_size, config.data.seq_length)
     transformers_config = model_config(config, tokenizer)
@@ -86,87 +129,120 @@ def plan_run(
         options = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
         return dress(AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32, **options), config)
 
-    try:
-        trace, facts, num_parameters = dry_trace(build, config, shape)
-    except Exception as error:  # any model code may fail on fake tensors, in any way
-        logger.info(
-            "this model cannot be walked through without data (%s); its warm-up will tell", type(error).__name__
-        )
+    dry = dry_run(build, config, shape, evaluation_shape)
+    return decide(config, make_policy(config, device), dry, device.capacity_bytes, host_available_bytes)
+
+
+def assumed_evaluation_shape(config: Config) -> Shape | None:
+    """The largest evaluation batch there can be, before the data are read; None where nothing will be evaluated."""
+    data = config.data
+    if data.train is None or (data.eval is None and data.eval_split is None and data.eval_fraction == 0):
         return None
-    policy = make_policy(config, device)
-    return decide(config, policy, facts, trace, device.capacity_bytes, num_parameters, host_available_bytes)
+    return config.train.per_device_eval_batch_size, data.seq_length
 
 
-def dry_trace(
-    build: Callable[[], nn.Module], config: Config, shape: tuple[int, int]
-) -> tuple[Trace, list[ChunkFacts], int]:
-    """Runs forward and backward of one micro-batch on fake tensors.
+def dry_run(
+    build: Callable[[], nn.Module], config: Config, shape: Shape, evaluation_shape: Shape | None = None
+) -> DryRun:
+    """Runs forward and backward of one micro-batch on fake tensors, and forward of one evaluation batch.
 
     Args:
         build: makes the model; called inside the fake mode.
         config: of the run.
-        shape: batch size and tokens per row.
+        shape: of the micro-batch.
+        evaluation_shape: of the evaluation batch; None: there is none.
 
-    Returns:
-        The trace of a pass with everything offloaded, the chunk facts, and the number of parameters.
+    Raises:
+        CannotWalkError: the model failed.
     """
     with fake_mode():
-        model = build()
+        with models_own_code(), fake_conversions():
+            model = build()
         model.train()
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        tokens = torch.ones(shape, dtype=torch.long)
-        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-        trace, engine = walk(model, build_optimizer(model, config), config, (), batch)
-    return trace, engine.facts, num_parameters
+        trace, engine = walk(model, build_optimizer(model, config), config, (), _batch(shape))
+        evaluation = None
+        if evaluation_shape is not None:
+            batches_bytes = sum(t.nbytes for t in _batch(shape).values()) * config.train.gradient_accumulation_steps
+            evaluation = walk_evaluation(engine, _batch(evaluation_shape), batches_bytes + _SCALARS_BYTES)
+    return DryRun(num_parameters, engine.facts, trace, evaluation)
+
+
+def _batch(shape: Shape) -> dict[str, torch.Tensor]:
+    tokens = torch.ones(shape, dtype=torch.long)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
 def decide(
-    config: Config,
-    policy: Policy,
-    facts: list[ChunkFacts],
-    trace: Trace,
-    capacity_bytes: int,
-    num_parameters: int,
-    host_available_bytes: int | None = None,
+    config: Config, policy: Policy, dry: DryRun, capacity_bytes: int, host_available_bytes: int | None = None
 ) -> PlannedRun:
     """The policy's answer for a capacity, and what the host must hold."""
     plan: Plan | None = None
     refusal: DoesNotFitError | None = None
     try:
-        plan = policy.decide(facts, trace, capacity_bytes)
+        plan = _plan(policy, dry, capacity_bytes)
     except DoesNotFitError as error:
         refusal = error
-    on_device = (plan.resident_parameter_bytes + plan.device_optimizer_bytes) if plan is not None else 0
-    total_bytes = sum(fact.value_bytes + fact.companion_bytes for fact in facts)
-    host_bytes = max(0, total_bytes - on_device)
+    placements = plan.placements if plan is not None else [Placement() for _ in dry.facts]
+    rows = _host_rows(policy, dry.facts, placements)
+    peak_bytes = sum(num_bytes for _, _, num_bytes, _ in rows)
     available_bytes = host_available_bytes or host_memory().available_bytes
     limit_bytes = min(available_bytes, config.memory.host or available_bytes)
-    if refusal is None and host_bytes > limit_bytes:
-        refusal = _host_refusal(facts, host_bytes, limit_bytes)
-    return PlannedRun(
-        num_parameters,
-        facts,
-        trace,
-        plan if refusal is None else None,
-        refusal,
-        least_capacity_bytes(facts, trace),
-        host_bytes,
-        available_bytes,
-    )
+    if refusal is None and peak_bytes > limit_bytes:
+        refusal = _host_refusal(policy, rows, peak_bytes, limit_bytes)
+    if refusal is not None:
+        plan = None
+    return PlannedRun(dry, plan, refusal, host_bytes(dry.facts, placements), peak_bytes, available_bytes)
 
 
-def _host_refusal(facts: list[ChunkFacts], host_bytes: int, limit_bytes: int) -> DoesNotFitError:
-    from gemini.units import format_bytes
+def _plan(policy: Policy, dry: DryRun, capacity_bytes: int) -> Plan:
+    """The plan for the training pass, an evaluation batch having been found to fit as well."""
+    try:
+        plan = policy.decide(dry.facts, dry.trace, capacity_bytes)
+    except DoesNotFitError as error:
+        raise policy.refusal(dry.facts, dry.whole, capacity_bytes) from error
+    if dry.evaluation is not None:
+        # Where it needs the room, "auto" takes everything off the device before an evaluation batch.
+        placements = [Placement() for _ in dry.facts] if policy.name == "auto" else plan.placements
+        if required_bytes(dry.facts, placements, Trace([dry.evaluation])) > capacity_bytes:
+            raise policy.refusal(dry.facts, dry.whole, capacity_bytes)
+    return plan
 
+
+Rows = list[tuple[str, str, int, str]]
+"""As in :class:`gemini.plan.DoesNotFitError`."""
+
+
+def _host_rows(policy: Policy, facts: list[ChunkFacts], placements: list[Placement]) -> Rows:
+    """What the host holds when it holds most.
+
+    Every policy takes a model over through the host. The fixed ones place before the first step; ``auto`` knows enough
+    only after it, so that everything is made on the host, and comes back there when a batch needs the whole device.
+    """
+    if policy.name == "auto":
+        placements = [Placement() for _ in facts]
+    staying_bytes = host_bytes(facts, placements)
     values = sum(fact.value_bytes for fact in facts)
-    rows = [
-        ("parameters", "host", values, "compute dtype"),
-        ("master, optimizer states, gradients", "host", sum(fact.companion_bytes for fact in facts), ""),
-        ("needed on the host", "host", host_bytes, f"{format_bytes(limit_bytes)} available"),
+    if staying_bytes < first_host_bytes(facts):
+        note = "while the model is taken over"
+        return [("parameters", "host", values, note), ("masters", "host", first_host_bytes(facts) - values, note)]
+    note = "during the first step" if policy.name == "auto" else f"policy {policy.name}"
+    values = sum(f.value_itemsize * (f.numel - p.resident_numel) for f, p in zip(facts, placements, strict=True))
+    return [
+        ("parameters", "host", values, note),
+        ("master, optimizer states, gradients", "host", staying_bytes - values, note),
+        ("a gradient that is being added to", "host", widening_bytes(facts), "one chunk's"),
     ]
+
+
+def _host_refusal(policy: Policy, rows: Rows, peak_bytes: int, limit_bytes: int) -> DoesNotFitError:
+    fixed = 'or memory.policy = "cuda" or "static" on a device with room, ' if policy.name == "auto" else ""
     return DoesNotFitError(
-        f"it does not fit: the host must hold {format_bytes(host_bytes)}, {format_bytes(limit_bytes)} are available",
-        rows,
-        "smallest change that would fit: free host memory or raise memory.host, a larger device.memory, a smaller "
-        "model, or model.lora",
+        f"it does not fit: the host must hold {format_bytes(peak_bytes)} at the highest, {format_bytes(limit_bytes)} "
+        "are available",
+        [
+            *(row for row in rows if row[2]),
+            ("needed on the host", "host", peak_bytes, f"{format_bytes(limit_bytes)} available"),
+        ],
+        f"smallest change that would fit: free host memory or raise memory.host, {fixed}or a smaller model, or model.lora",
     )

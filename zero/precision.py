@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gemini.chunk import ChunkTensor
+from zero.errors import UserError
 from zero.gradient import gradient_pieces
 
 
@@ -131,3 +132,12 @@ def clip_coefficient(norm: float, max_norm: float | None) -> float:
         return 1.0
     coefficient = max_norm / (torch.tensor(norm, dtype=torch.float32) + 1e-6)
     return float(torch.clamp(coefficient, max=1.0))
+
+
+def require_loss(loss: object) -> None:
+    """Raises UserError unless the loss is a tensor."""
+    if not isinstance(loss, torch.Tensor):
+        raise UserError(
+            f"engine.backward(loss): loss is {loss!r}, but must be a tensor with one element; a Hugging Face model "
+            "returns a loss only for a batch with labels"
+        )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from zero.errors import UserError
 from zero.report.metrics import METRICS_FILE, TENSORBOARD_FOLDER
@@ -25,24 +29,103 @@ def check_run_folder(folder: Path) -> None:
         UserError: a file is in the way, or the folder is not ours to write to.
     """
     existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    try:
+        while not _is_there(existing) and existing != existing.parent:
+            existing = existing.parent
+    except OSError as error:
+        raise _unusable(folder, error.strerror or str(error)) from error
     if not existing.is_dir():
-        raise UserError(f"train.output_dir = {str(folder)!r}: {existing} is a file; name another folder")
+        kind = "a link that leads nowhere" if existing.is_symlink() else "a file"
+        raise _unusable(folder, f"{existing} is {kind}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"train.output_dir = {str(folder)!r}: {existing} cannot be written to; name another folder")
+        raise _unusable(folder, f"{existing} cannot be written to")
+
+
+def check_own_files(folder: Path, config_source: str, model: str | None) -> None:
+    """Sees that a run would not write over what it is made from.
+
+    Args:
+        folder: of the run.
+        config_source: path of the config that was given.
+        model: path or Hub name of the model that is trained.
+
+    Raises:
+        UserError: it would.
+    """
+    if _is_within(config_source, folder / CONFIG_FILE) and not _holds_run(folder):
+        raise _unusable(folder, f"a run writes its own {CONFIG_FILE} there, over the config that was given")
+    if model is not None and _is_within(model, folder / MODEL_FOLDER):
+        raise _unusable(folder, f"a run writes its own {MODEL_FOLDER}/ there, over the model that is to be trained")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything, be it a link that leads nowhere.
+
+    Raises:
+        OSError: there cannot be: the name is too long, say.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _is_within(given: str, place: Path) -> bool:
+    path = Path(given)
+    return path.exists() and path.resolve().is_relative_to(place.resolve())
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (METRICS_FILE, CHECKPOINTS_FOLDER))
+
+
+def _unusable(folder: Path, reason: str) -> UserError:
+    return UserError(f"train.output_dir = {str(folder)!r}: {reason}; name another folder")
+
+
+@contextlib.contextmanager
+def held_run_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other runs out of it while this one writes there.
+
+    Raises:
+        UserError: it cannot be made, or another run is writing there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise _unusable(folder, error.strerror or str(error)) from error
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)  # and with it goes the lock, as when the process dies
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl: Any = importlib.import_module("fcntl")
+    except ImportError:  # not a POSIX system: no lock
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _unusable(folder, "another run is writing there; let it end") from error
+    except OSError:  # a file system without locks
+        return
 
 
 def set_aside_earlier_run(folder: Path) -> Path | None:
-    """Moves what an earlier run wrote into a folder ``earlier-N`` beside it, so that two runs never mix.
+    """Moves what lies where a run writes (an earlier run, as a rule) into a folder ``earlier-N``: two runs never mix.
 
     A resume would otherwise go on from the other run's checkpoint, and the metrics would hold both.
 
     Returns:
-        Where it is now; None if there was no earlier run.
+        Where it is now; None if there was nothing.
     """
-    found = [folder / name for name in _CONTENTS if (folder / name).exists()]
-    if not any(path.name in (METRICS_FILE, CHECKPOINTS_FOLDER) for path in found):
+    found = [folder / name for name in _CONTENTS if os.path.lexists(folder / name)]
+    if not found:
         return None
     number = 1
     while (folder / f"earlier-{number}").exists():

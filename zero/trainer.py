@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 
 from gemini.manager import Phase
+from gemini.plan import DoesNotFitError
 from gemini.units import format_bytes
 from zero.config.describe import to_toml
 from zero.config.schema import Config
 from zero.data.loaders import DataBundle, build_dataloaders
 from zero.data.preview import describe_sample
+from zero.dryrun import CannotWalkError
 from zero.engine import Engine
 from zero.errors import UserError
 from zero.evaluate import evaluate, num_loss_tokens, perplexity
@@ -38,8 +41,10 @@ from zero.run_folder import (
     MAP_FILE,
     MODEL_FOLDER,
     SUMMARY_FILE,
+    check_own_files,
     check_run_folder,
     forget_metrics_after,
+    held_run_folder,
     set_aside_earlier_run,
 )
 from zero.setup import make_device
@@ -104,6 +109,7 @@ class Trainer:
         self.config = config
         self.output_dir = Path(config.run_folder)
         check_run_folder(self.output_dir)
+        check_own_files(self.output_dir, config.source, config.model.name_or_path)
         self._device = make_device(config)
         self.tokenizer = build_tokenizer(config)
         transformers_config = model_config(config, self.tokenizer)
@@ -111,11 +117,23 @@ class Trainer:
         self.data: DataBundle = build_dataloaders(
             config, self.tokenizer, max_positions(transformers_config), vocab_size
         )
-        self.planned: PlannedRun | None = plan_run(config, self._device, self.tokenizer)
-        if self.planned is not None:
-            self.planned.require()
+        self.planned = self._plan()
         self._result = RunResult()
         self._progress = _Progress()
+
+    def _plan(self) -> PlannedRun | None:
+        """The plan, if the model can be walked through."""
+        evaluated, evaluation_shape = self.data.eval_dataset, None
+        if evaluated is not None:
+            rows = min(self.config.train.per_device_eval_batch_size, len(evaluated))
+            evaluation_shape = (rows, evaluated.longest)
+        try:
+            planned = plan_run(self.config, self._device, self.tokenizer, evaluation_shape=evaluation_shape)
+        except CannotWalkError as error:
+            logger.info("this model cannot be walked through without data (%s); its warm-up will tell", error)
+            return None
+        planned.require()
+        return planned
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -132,6 +150,28 @@ class Trainer:
         engine, *_ = initialize(model, optimizer, lr_scheduler=scheduler, config=config, device=self._device)
         torch.manual_seed(config.train.seed)
         resumed_from = self._resume(engine, scheduler)
+        with held_run_folder(self.output_dir), self._begun():
+            self._run_in_folder(engine, scheduler, num_steps, resumed_from, started_s)
+        engine.close()
+        return self._result
+
+    @contextlib.contextmanager
+    def _begun(self) -> Iterator[None]:
+        """From here on something is written: what goes wrong is no refusal any more, but a run that failed."""
+        try:
+            yield
+        except (UserError, DoesNotFitError) as error:
+            raise TrainingStopped(str(error)) from error
+        except OSError as error:
+            raise TrainingStopped(
+                f"stopped at step {self._progress.step}: {error}. Checkpoints in {self.output_dir / CHECKPOINTS_FOLDER} "
+                "still stand: see to the cause and go on with train.resume_from_checkpoint = true"
+            ) from error
+
+    def _run_in_folder(
+        self, engine: Engine, scheduler: Any, num_steps: int, resumed_from: Path | None, started_s: float
+    ) -> None:
+        config = self.config
         self._open_folder(resumed_from)
         with (
             make_reporter(logging_steps=config.train.logging_steps) as reporter,
@@ -146,14 +186,13 @@ class Trainer:
             if config.train.resume_from_checkpoint:
                 where = f"resumed from {resumed_from} at step {self._progress.step}"
                 reporter.message(where if resumed_from else "no checkpoint to resume from: starting anew")
+            if self._progress.step >= num_steps:
+                reporter.message(f"nothing is left to train: step {self._progress.step} of {num_steps}")
             self._loop(engine, scheduler, num_steps, reporter, metrics)
             self._finish(engine, reporter, started_s)
-        engine.close()
-        return self._result
 
     def _open_folder(self, resumed_from: Path | None) -> None:
         """The first thing that is written; everything that can be refused has been by now."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         if resumed_from is not None and resumed_from.resolve().is_relative_to(self.output_dir.resolve()):
             forget_metrics_after(self.output_dir, self._progress.step)
         else:
@@ -227,9 +266,11 @@ class Trainer:
         if self._result.eval_perplexity_before is None:
             self._result.eval_perplexity_before = self._evaluate(engine, reporter, metrics, "before")
         engine.train()
-        for window in self._windows():
-            if self._progress.step >= num_steps:
-                break
+        windows = self._windows()
+        # Asked before a window is drawn: what is drawn counts as delivered in the checkpoint, so a run that is
+        # extended later would leave it out.
+        while self._progress.step < num_steps:
+            window = next(windows)
             pictured = self._progress.step + 1 == min(_PICTURED_STEP, num_steps)
             if pictured:
                 recorder.start()
@@ -244,6 +285,8 @@ class Trainer:
                 self._save(engine, scheduler)
             if train.eval_steps and self._progress.step % train.eval_steps == 0 and self._progress.step < num_steps:
                 self._evaluate(engine, reporter, metrics, f"step {self._progress.step}")
+        if self._progress.losses and self._progress.consecutive_skips == len(self._progress.losses):
+            self._stop_if_hopeless(engine)
         self._save(engine, scheduler)
         self._result.eval_perplexity_after = self._evaluate(engine, reporter, metrics, "after")
 
@@ -295,11 +338,17 @@ class Trainer:
         progress.training_s += step_s
         progress.losses.append(loss)
         progress.consecutive_skips = progress.consecutive_skips + 1 if engine.skipped_last_step else 0
-        if progress.consecutive_skips >= self.config.train.max_skipped_steps and engine.scaler.at_floor:
+        if progress.consecutive_skips >= self.config.train.max_skipped_steps:
+            self._stop_if_hopeless(engine)
+
+    def _stop_if_hopeless(self, engine: Engine) -> None:
+        """Steps were skipped for long enough: goes on only where a lower loss scale may still mend it."""
+        progress = self._progress
+        if engine.scaler.at_floor:
             raise TrainingStopped(
                 f"{progress.consecutive_skips} steps in a row had a loss or gradient that is not finite (step "
-                f"{progress.step}, loss {loss}); no update was made in them. Lower optimizer.lr, set "
-                "train.max_grad_norm, or use precision.dtype = bf16"
+                f"{progress.step}, loss {progress.losses[-1]}); no update was made in them. Lower optimizer.lr, set "
+                "train.max_grad_norm, use precision.dtype = bf16, or see whether the model's weights are finite"
             )
 
     def _record(
@@ -361,13 +410,16 @@ class Trainer:
         return value
 
     def _draw(self, recorder: StepRecorder, engine: Engine) -> None:
-        draw_memory_map(
-            recorder.samples,
-            self.output_dir / MAP_FILE,
-            capacity_bytes=engine.device.capacity_bytes,
-            predicted_peak_bytes=engine.plan.predicted_device_peak_bytes or None,
-            title=f"Step {self._progress.step}: policy {engine.plan.policy}",
-        )
+        try:
+            draw_memory_map(
+                recorder.samples,
+                self.output_dir / MAP_FILE,
+                capacity_bytes=engine.device.capacity_bytes,
+                predicted_peak_bytes=engine.plan.predicted_device_peak_bytes or None,
+                title=f"Step {self._progress.step}: policy {engine.plan.policy}",
+            )
+        except OSError as error:  # a picture is not worth a run
+            logger.warning("no memory map: %s", error)
 
     def _save(self, engine: Engine, scheduler: Any) -> None:
         if engine.manager.phase is not Phase.IDLE:
@@ -420,12 +472,16 @@ class Trainer:
         rows += [
             ("model data", f"{format_bytes(result.model_data_bytes)}"),
             ("device capacity", format_bytes(result.device_capacity_bytes)),
-            ("device peak, predicted", format_bytes(result.predicted_device_peak_bytes)),
+        ]
+        if result.predicted_device_peak_bytes:  # a plan was made: not where the first step was the last
+            rows.append(("device peak, predicted", format_bytes(result.predicted_device_peak_bytes)))
+        rows += [
             ("device peak, measured", format_bytes(result.device_peak_bytes)),
             ("host, pinned", f"{format_bytes(result.host_bytes)}, {format_bytes(result.pinned_bytes)}"),
             ("steps", f"{result.num_steps}, of them skipped {result.num_skipped_steps}"),
             ("speed", f"{result.tokens_per_s:,.0f} tokens/s, {result.wall_s:.0f} s in all"),
             ("model folder", str(folder)),
-            ("memory map", str(self.output_dir / MAP_FILE)),
         ]
+        if (self.output_dir / MAP_FILE).is_file():
+            rows.append(("memory map", str(self.output_dir / MAP_FILE)))
         return rows

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from zero.config.schema import Config
 
 
+_GENERATE_TABLES = {"device", "memory", "model", "precision"}
+
+
 class RunFailed(RuntimeError):
     """A run that began could not be finished; exit code 1."""
 
@@ -90,7 +93,13 @@ def export(arguments: argparse.Namespace, rest: list[str]) -> int:
     if checkpoint is None:
         raise UserError(f"{source}: no complete checkpoint there; give a step-* folder, or the folder that holds them")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
-    export_checkpoint(checkpoint, Path(arguments.folder), dtypes[arguments.dtype])
+    target = Path(arguments.folder)
+    if target.resolve().is_relative_to(checkpoint.resolve()):
+        raise UserError(f"{target} lies inside the checkpoint {checkpoint}; name another folder")
+    try:
+        export_checkpoint(checkpoint, target, dtypes[arguments.dtype])
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror or error}; name another folder") from error
     sys.stdout.write(f"{checkpoint} written as a Hugging Face folder to {arguments.folder}\n")
     return 0
 
@@ -114,6 +123,12 @@ def run_script(arguments: argparse.Namespace, rest: list[str]) -> int:
 def generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     """``zero generate MODEL --prompt TEXT``; ``--device.memory 2GiB`` caps the device."""
     overrides = parse_overrides(rest)
+    unread = sorted(set(overrides) - _GENERATE_TABLES)
+    if unread:
+        raise UserError(
+            f"--{unread[0]}.*: zero generate does not read it; it reads "
+            + ", ".join(f"--{table}.*" for table in sorted(_GENERATE_TABLES))
+        )
     from zero.cli.generate import continue_text
 
     config = load_config({"model": {"name_or_path": arguments.model}}, overrides, require=("model",))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    if sys.stdout is None:  # closed by whoever started us: what is said goes nowhere
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     configure_logging()
     try:
         arguments, rest = _parse(list(sys.argv[1:] if argv is None else argv))
@@ -46,9 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except commands.RunFailed as error:
         sys.stderr.write(f"zero: {error}\n")
         return EXIT_FAILED
+    except MemoryError as error:
+        if not _is_of_the_host(error):
+            raise
+        sys.stderr.write(f"zero: {error}\n")
+        return EXIT_FAILED
     except KeyboardInterrupt:
         sys.stderr.write("zero: interrupted\n")
         return EXIT_INTERRUPTED
+
+
+def _is_of_the_host(error: MemoryError) -> bool:
+    arena = sys.modules.get("gemini.arena")
+    return arena is not None and isinstance(error, arena.HostMemoryError)
 
 
 def _is_the_users(error: ValueError) -> bool:

@@ -117,7 +117,9 @@ def _add_generate(verbs: Verbs) -> None:
     )
     generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder or name, such as runs/quickstart/model")
     generate.add_argument("--prompt", default="The", metavar="TEXT", help="text to continue (default: The)")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="most tokens to add (64)")
+    generate.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="most tokens to add (64, or what the model reads)"
+    )
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
     generate.add_argument(
         "--top-k", type=int, default=0, metavar="N", help="draw from the N likeliest tokens; 0: all (0)"

@@ -7,8 +7,9 @@ import torch
 from gemini.plan import ChunkFacts
 from gemini.units import format_bytes
 from zero.config.schema import Config
+from zero.dryrun import CannotWalkError
 from zero.models.build import build_tokenizer
-from zero.planning import PlannedRun, plan_run
+from zero.planning import DryRun, PlannedRun, assumed_evaluation_shape, plan_run
 from zero.report.tables import values_text
 from zero.setup import make_device
 
@@ -22,14 +23,16 @@ def plan_text(config: Config) -> tuple[str, bool]:
     device = make_device(config)
     tokenizer = build_tokenizer(config) if config.model.config is not None else None
     # A plan may be for another machine: what memory.host says is then believed. A run looks at what is free.
-    planned = plan_run(config, device, tokenizer, host_available_bytes=config.memory.host)
-    if planned is None:
+    evaluation_shape = assumed_evaluation_shape(config)
+    try:
+        planned = plan_run(config, device, tokenizer, config.memory.host, evaluation_shape)
+    except CannotWalkError as error:
         return (
-            "this model's forward depends on the values it computes, so it cannot be walked through without data; "
+            f"this model cannot be walked through without data, as where its forward depends on values ({error}); "
             "the warm-up step of `zero train` measures it"
         ), True
     title = f"{config.train.per_device_train_batch_size} x {config.data.seq_length} tokens on {device.name}"
-    rows = [("parameters", f"{planned.num_parameters:,}"), *_byte_rows(config, planned, device.capacity_bytes)]
+    rows = [("parameters", f"{planned.dry.num_parameters:,}"), *_byte_rows(config, planned, device.capacity_bytes)]
     text = values_text(rows, title=title)
     if planned.refusal is not None:
         return f"{text}\n\n{planned.refusal}", False
@@ -37,12 +40,25 @@ def plan_text(config: Config) -> tuple[str, bool]:
 
 
 def _byte_rows(config: Config, planned: PlannedRun, capacity_bytes: int) -> list[tuple[str, str]]:
-    facts = planned.facts
+    dry, facts = planned.dry, planned.dry.facts
     rows = [
         ("model data", f"{format_bytes(sum(f.value_bytes + f.companion_bytes for f in facts))} {_kinds(facts)}"),
-        ("activations and temporaries", format_bytes(planned.trace.non_model_peak_bytes) + " at the highest"),
+        ("activations and temporaries", format_bytes(dry.trace.non_model_peak_bytes) + " at the highest"),
+    ]
+    if dry.evaluation is not None:
+        rows.append(
+            (
+                "evaluation",
+                f"{dry.evaluation.label} need {format_bytes(_evaluation_bytes(dry))} with everything else on the host",
+            )
+        )
+    rows += [
         ("device capacity", format_bytes(capacity_bytes)),
-        ("least device that works", format_bytes(planned.least_device_bytes) + " (policy auto)"),
+        (
+            "least device that works",
+            f"{format_bytes(dry.tight_device_bytes)} under policy auto; {format_bytes(dry.least_device_bytes)} leaves room "
+            "for activations that grow",
+        ),
     ]
     if planned.plan is not None:
         plan = planned.plan
@@ -59,10 +75,16 @@ def _byte_rows(config: Config, planned: PlannedRun, capacity_bytes: int) -> list
         ]
     pinned = config.memory.pin and torch.accelerator.is_available()
     host_source = "given as memory.host" if config.memory.host else "available"
-    host = f"{format_bytes(planned.host_bytes)} of {format_bytes(planned.host_available_bytes)} {host_source}"
+    host = f"{format_bytes(planned.host_peak_bytes)} of {format_bytes(planned.host_available_bytes)} {host_source}"
+    if planned.plan is not None:
+        host += f" at the highest, {format_bytes(planned.host_bytes)} once everything is in its place"
     rows.append(("host", host + (", pinned" if pinned else "")))
     rows.append(("disk", "0 B"))
     return rows
+
+
+def _evaluation_bytes(dry: DryRun) -> int:
+    return dry.evaluation.both_peak_bytes if dry.evaluation is not None else 0
 
 
 def _kinds(facts: list[ChunkFacts]) -> str:

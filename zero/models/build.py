@@ -18,6 +18,9 @@ logger = logging.getLogger("zero")
 
 BUILTIN = "builtin"
 
+_TOKENIZER_NAMES = ("tokeniz", "vocab", "merges", "spiece", "sentencepiece", "bpe", "sentence.bpe", "source", "dict")
+"""How the names of tokenizers' files begin, code of their own among them."""
+
 
 def build_tokenizer(config: Config) -> Any:
     """The tokenizer of the run, with a padding token.
@@ -32,6 +35,7 @@ def build_tokenizer(config: Config) -> Any:
     from transformers import AutoTokenizer
 
     with _explained("model.tokenizer", source):
+        _require_tokenizer_files(source)
         tokenizer = AutoTokenizer.from_pretrained(
             source,
             revision=_revision(config, source),
@@ -94,8 +98,34 @@ def build_model(config: Config, tokenizer: Any = None) -> nn.Module:
         with _explained("model.name_or_path", name), ZeroInitContext():
             # "main" and not None: only then does transformers look for the safetensors copy that the Hub's bot makes
             # of a model whose main branch holds pickles (facebook/opt-* are such models).
-            model = AutoModelForCausalLM.from_pretrained(name, revision=section.revision or "main", **options)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name, revision=section.revision or "main", output_loading_info=True, **options
+            )
+        _require_whole(name, info)
     return dress(model, config)
+
+
+def _require_whole(name: str, info: Any) -> None:
+    """Refuses weights that lack some of the model's parameters, which transformers would start at random."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"model.name_or_path = {name!r}: the weights lack the parameter {missing[0]}{more}, which would start at "
+            "random; is the folder complete, and is it of a causal language model?"
+        )
+
+
+def _require_tokenizer_files(source: str) -> None:
+    """transformers makes a tokenizer without a vocabulary of a folder without one."""
+    folder = Path(source)
+    if folder.is_dir() and not any(
+        file.name.startswith(_TOKENIZER_NAMES) or file.suffix in (".model", ".spm", ".tiktoken")
+        for file in folder.iterdir()
+    ):
+        inner = folder / "model"
+        hint = f"did you mean {inner}?" if (inner / "config.json").is_file() else "is the folder complete?"
+        raise UserError(f"{source!r} holds no tokenizer; {hint}")
 
 
 def dress(model: Any, config: Config) -> nn.Module:
@@ -162,7 +192,14 @@ def _explained(key: str, value: str) -> Any:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can make transformers fail anywhere
+        if isinstance(error, RuntimeError) and not Path(value).exists():
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        first = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [""])[0]
+        if not isinstance(error, (OSError, ValueError, ImportError)):  # 'added_tokens', say, tells nobody anything
+            first = f"{type(error).__name__}: {first}"
         hint = "is the folder complete?" if Path(value).exists() else "is the name right, and is the Hub reachable?"
         raise UserError(f"{key} = {value!r}: {first} ({hint})") from error

@@ -32,6 +32,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         updater: does the arithmetic.
         on_step: the engine's step.
         on_zero_grad: the engine's zero_grad.
+        on_look: called before states are looked at.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         updater: ChunkUpdater,
         on_step: Callable[[], None],
         on_zero_grad: Callable[[bool], None],
+        on_look: Callable[[], None],
     ) -> None:
         # Not Optimizer.__init__: groups, defaults and hooks are the user's optimizer's own.
         self.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k not in ("step", "state")})
@@ -50,6 +52,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.updater = updater
         self._on_step = on_step
         self._on_zero_grad = on_zero_grad
+        self._on_look = on_look
         self._handed_back: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
         self._import_state(optimizer)
         self._original = optimizer
@@ -160,7 +163,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> ShownStates:  # type: ignore[override]
         """Each parameter's states, as torch's optimizers name them; what is written to them is taken over."""
+        self._look()
         return self._states
+
+    def _look(self) -> None:
+        if self._original.__dict__.get("state") is not self._states:
+            raise UserError(
+                "the engine was closed: the optimizer that was given to zero.initialize() holds the states now"
+            )
+        self._on_look()
 
     def _trained(self) -> dict[torch.Tensor, ChunkTensor]:
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -182,6 +193,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The format of ``torch.optim.Optimizer.state_dict``, with whole states of each parameter on the host."""
+        self._look()
         self._states.settle()
         index = 0
         groups, state = [], {}
@@ -202,6 +214,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             UserError: the groups do not match.
         """
+        self._look()
         self._states.settle()
         groups = state_dict["param_groups"]
         lengths = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]

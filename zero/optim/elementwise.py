@@ -11,6 +11,8 @@ from collections import OrderedDict, defaultdict
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from zero.errors import UserError
 
@@ -113,19 +115,31 @@ def run(shadow: torch.optim.Optimizer) -> None:
 
 def state_bytes_per_numel(optimizer: torch.optim.Optimizer) -> int:
     """Bytes per element of the elementwise states this optimizer will keep (8 for Adam), learnt from a trial step."""
+    with _disable_current_modes():  # in a dry run, too: some look at the values of their states (ASGD)
+        return _trial_state_bytes(optimizer)
+
+
+def _trial_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     shadow = shadow_of(optimizer)
     parameter = torch.ones(4)
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     shadow.param_groups = [{**group, "params": [parameter]}]
     example = next((state for state in optimizer.state.values() if state), None)
     if example is not None:  # constructors may fill states (Adagrad): mimic them
-        shadow.state[parameter] = {
-            key: torch.zeros(4, dtype=value.dtype) if _elementwise(value) else copy.deepcopy(value)
-            for key, value in example.items()
-        }
+        shadow.state[parameter] = {key: _mimic(value) for key, value in example.items()}
     parameter.grad = torch.ones(4)
     run(shadow)
     return sum(v.element_size() for v in shadow.state[parameter].values() if _elementwise(v))
+
+
+def _mimic(value: Any) -> Any:
+    """What a state would be for a parameter of four elements."""
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    if _elementwise(value):
+        return torch.zeros(4, dtype=value.dtype)
+    # A fake one (in a dry run) has no values. Never a deep copy of it: copying its storage ends the process.
+    return torch.zeros((), dtype=value.dtype) if isinstance(value, FakeTensor) else value.detach().clone()
 
 
 def _elementwise(value: object) -> bool:

@@ -51,6 +51,10 @@ class ShownStates(MutableMapping[torch.Tensor, State]):
         """The parameter has no states any more: its next update is its first."""
         self._shown[self._trained()[parameter]] = {}
 
+    def __contains__(self, parameter: object) -> bool:
+        """Whether the parameter has states."""
+        return isinstance(parameter, torch.Tensor) and parameter in self._trained() and bool(self[parameter])
+
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Parameters that have states."""
         return (parameter for parameter in self._trained() if self[parameter])

@@ -71,6 +71,15 @@ class ChunkUpdater:
             for key in self.keys.keys() & segment.companions.keys():
                 segment.companions[key][left - segment.start : right - segment.start].zero_()
 
+    def makes_states_on_device(self, chunks: list[Chunk]) -> bool:
+        """Whether the next update creates states in places that a plan has given to states already there."""
+        return any(
+            tensor.has_gradient and tensor in self._groups and tensor not in self.scalars
+            for chunk in chunks
+            if chunk.placement.companion_numel and self.keys
+            for tensor in chunk.tensors
+        )
+
     def update(self, chunk: Chunk, factor: float) -> None:
         """One optimizer step on every parameter of the chunk that has a gradient.
 
@@ -136,14 +145,16 @@ class ChunkUpdater:
             owners.append((piece, master))
         self._shadow.param_groups = [{**group, "params": params} for group, params in by_group.values()]
         self._shadow.state = state  # type: ignore[assignment]
-        with torch.no_grad():
-            run(self._shadow)
+        try:
+            with torch.no_grad():
+                run(self._shadow)
+        finally:
+            # Views of buffers that a plan may move: what is still held then does not leave the device.
+            self._shadow.param_groups = []
+            self._shadow.state = {}  # type: ignore[assignment]
         for piece, master in owners:
             self._keep(segment, piece, state[master])
             master.grad = None
-        # Views of buffers that a plan may move: what is still held then does not leave the device.
-        self._shadow.param_groups = []
-        self._shadow.state = {}  # type: ignore[assignment]
 
     def _state_of(self, segment: Segment, piece: Piece, scalars: dict[str, Any] | None) -> dict[str, Any]:
         """The state a torch optimizer expects of this piece: views of companions, copies of scalars."""

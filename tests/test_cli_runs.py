@@ -1,0 +1,191 @@
+"""Runs and their folders: what is extended, what is in the way, who else is there, and disks that are full."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cli_case import TINY, comparable_metrics, listing, train, weights
+from safetensors.torch import load_file, save_file
+
+from zero import trainer
+from zero.cli.main import main
+from zero.run_folder import held_run_folder
+
+Output = pytest.CaptureFixture[str]
+CONSTANT = ("--scheduler.name", "constant", "--scheduler.warmup_ratio", "0")
+RESUME = ("--train.resume_from_checkpoint", "true")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Sums over threads may differ in their last bit."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def largest_file() -> Iterator[Callable[[int], None]]:
+    """A disk that takes no file larger than so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda num_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class TestExtending:
+    @pytest.mark.parametrize("accumulation", ["1", "3"])
+    def test_a_finished_run_that_is_extended_is_the_long_run(self, accumulation: str, tmp_path: Path) -> None:
+        same = (*CONSTANT, "--train.save_steps", "100", "--train.gradient_accumulation_steps", accumulation)
+        whole, extended = tmp_path / "whole", tmp_path / "extended"
+        assert train(tmp_path, whole, *same, "--train.max_steps", "6") == 0
+        assert train(tmp_path, extended, *same, "--train.max_steps", "3") == 0
+        assert train(tmp_path, extended, *same, "--train.max_steps", "6", *RESUME) == 0
+        losses = [[line["loss"] for line in comparable_metrics(run) if "loss" in line] for run in (whole, extended)]
+        assert losses[0] == losses[1]
+        assert weights(extended) == weights(whole)
+
+    def test_a_resume_with_nothing_left_to_do_changes_nothing(self, tmp_path: Path) -> None:
+        short = (*CONSTANT, "--train.max_steps", "2")
+        out = tmp_path / "out"
+        places = []
+        for resume in ((), RESUME, RESUME):
+            assert train(tmp_path, out, *short, *resume) == 0
+            manifests = [json.loads(f.read_text()) for f in out.glob("checkpoints/step-00000002/*.json")]
+            places.append([text for text in map(json.dumps, manifests) if '"fingerprint"' in text])
+        assert places[0], "the place in the data is in the checkpoint"
+        assert [_place(text) for text in places[0]] == [_place(text) for text in places[2]]
+
+
+def _place(text: str) -> str:
+    """The part of a checkpoint's document that says where in the data it was taken."""
+    before, _, _ = text.partition('"fingerprint"')
+    return before[before.rindex("{") :]
+
+
+class TestFullDisk:
+    def test_a_checkpoint_that_cannot_be_written_fails_the_run(
+        self, tmp_path: Path, capsys: Output, largest_file: Callable[[int], None]
+    ) -> None:
+        largest_file(200_000)
+        assert train(tmp_path, tmp_path / "out") == 1
+        said = capsys.readouterr().err
+        assert "the checkpoint of step 3 could not be written" in said
+        assert "Traceback" not in said
+
+    def test_metrics_that_cannot_be_written_fail_the_run_in_words(
+        self, tmp_path: Path, capsys: Output, largest_file: Callable[[int], None]
+    ) -> None:
+        largest_file(1_500)
+        assert train(tmp_path, tmp_path / "out", "--train.report_to", "[]") == 1
+        said = capsys.readouterr().err
+        assert "stopped at step" in said
+        assert "File too large" in said
+        assert "Traceback" not in said
+
+    def test_a_picture_that_cannot_be_drawn_costs_a_warning(
+        self, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied", "memory_map.png")
+
+        monkeypatch.setattr(trainer, "draw_memory_map", refuse)
+        assert train(tmp_path, tmp_path / "out") == 0
+        said = capsys.readouterr()
+        assert "no memory map: " in said.err
+        assert "memory_map.png" not in said.out, "the summary names no file that is not there"
+
+    def test_what_does_not_fit_once_the_run_has_begun_is_a_failure_and_no_refusal(
+        self, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unknown(*_: object, **__: object) -> None:
+            raise trainer.CannotWalkError("the forward branches on values")
+
+        monkeypatch.setattr(trainer, "plan_run", unknown)
+        assert train(tmp_path, tmp_path / "out", "--device.memory", "600KiB", "--data.eval_fraction", "0") == 1
+        assert "it does not fit" in capsys.readouterr().err
+
+
+class TestNothingLearnt:
+    def test_a_run_without_one_update_has_failed_and_exports_nothing(self, tmp_path: Path, capsys: Output) -> None:
+        out = tmp_path / "out"
+        assert train(tmp_path, out, "--train.max_steps", "1") == 0
+        weights_file = out / "model" / "model.safetensors"
+        values = {name: torch.full_like(value, float("nan")) for name, value in load_file(weights_file).items()}
+        save_file(values, weights_file, {"format": "pt"})
+        config = {**TINY, "model": {"name_or_path": str(out / "model")}}
+        (tmp_path / "nan.json").write_text(json.dumps(config))
+        capsys.readouterr()
+        assert main(["train", str(tmp_path / "nan.json"), "--train.output_dir", str(tmp_path / "nan")]) == 1
+        assert "6 steps in a row had a loss or gradient that is not finite" in capsys.readouterr().err
+        assert not (tmp_path / "nan" / "model").exists()
+
+    def test_a_resume_past_the_end_says_so(self, tmp_path: Path, capsys: Output) -> None:
+        assert train(tmp_path, tmp_path / "out", "--train.max_steps", "2") == 0
+        assert train(tmp_path, tmp_path / "out", "--train.max_steps", "1", *RESUME) == 0
+        assert "nothing is left to train: step 2 of 1" in capsys.readouterr().out
+
+
+class TestFolders:
+    @pytest.mark.parametrize("kind", ["loop", "nowhere", "long name", "file", "not ours"])
+    def test_a_folder_that_cannot_be_is_refused(self, kind: str, tmp_path: Path, capsys: Output) -> None:
+        out = {"long name": tmp_path / ("x" * 300), "not ours": Path("/proc/x")}.get(kind, tmp_path / "out")
+        if kind == "loop":
+            out.symlink_to(out)
+        if kind == "nowhere":
+            out.symlink_to(tmp_path / "nothing" / "here")
+        if kind == "file":
+            out.write_text("mine")
+        assert train(tmp_path, out) == 2
+        said = capsys.readouterr().err
+        assert "train.output_dir = " in said
+        assert "name another folder" in said
+
+    @pytest.mark.parametrize("name", ["model", "tensorboard", "config.toml", "metrics.jsonl", "memory_map.png"])
+    def test_what_lies_in_the_way_is_set_aside_and_never_written_over(self, name: str, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / name).write_text("mine")
+        assert train(tmp_path, out, "--train.max_steps", "3") == 0
+        assert (out / "earlier-1" / name).read_text() == "mine"
+
+    def test_the_config_that_was_given_is_not_written_over(self, tmp_path: Path, capsys: Output) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(TINY))
+        given = tmp_path / "config.toml"
+        assert main(["validate", str(tmp_path / "config.json")]) == 0
+        given.write_text("# mine\n" + capsys.readouterr().out)
+        before = listing(tmp_path)
+        assert main(["train", str(given), "--train.output_dir", str(tmp_path)]) == 2
+        assert "over the config that was given" in capsys.readouterr().err
+        assert listing(tmp_path) == before
+
+    def test_the_model_that_is_trained_is_not_written_over(self, tmp_path: Path, capsys: Output) -> None:
+        out = tmp_path / "out"
+        assert train(tmp_path, out, "--train.max_steps", "1") == 0
+        config = {**TINY, "model": {"name_or_path": str(out / "model")}}
+        (tmp_path / "second.json").write_text(json.dumps(config))
+        before = listing(tmp_path)
+        assert main(["train", str(tmp_path / "second.json"), "--train.output_dir", str(out)]) == 2
+        assert "over the model that is to be trained" in capsys.readouterr().err
+        assert listing(tmp_path) == before
+        again = ["train", str(tmp_path / "second.json"), "--train.max_steps", "1", "--train.output_dir"]
+        assert main([*again, str(tmp_path / "other")]) == 0
+
+    def test_a_run_can_be_repeated_and_resumed_from_its_own_config(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        assert train(tmp_path, out, "--train.max_steps", "1") == 0
+        assert main(["train", str(out / "config.toml"), *RESUME, "--train.max_steps", "2"]) == 0
+        assert main(["train", str(out / "config.toml"), "--train.max_steps", "1"]) == 0
+
+    def test_two_runs_in_one_folder_at_the_same_time(self, tmp_path: Path, capsys: Output) -> None:
+        out = tmp_path / "out"
+        assert train(tmp_path, out, "--train.max_steps", "1") == 0
+        before = listing(out)
+        with held_run_folder(out):
+            assert train(tmp_path, out, "--train.max_steps", "1") == 2
+            assert train(tmp_path, out, "--train.max_steps", "2", *RESUME) == 2
+        assert "another run is writing there" in capsys.readouterr().err
+        assert listing(out) == before
+        assert train(tmp_path, out, "--train.max_steps", "2", *RESUME) == 0
