@@ -118,12 +118,13 @@ class Manager:
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
-    def begin_pass(self, training: bool, batch_shape: tuple[int, ...]) -> None:
+    def begin_pass(self, training: bool, batch_shape: tuple[int, ...], pending: bool = False) -> None:
         """A forward pass starts.
 
         Args:
             training: gradients will be asked for; such a pass is recorded.
             batch_shape: of its largest input tensor.
+            pending: beside the graph of an earlier forward, which no plan knows of: nothing is kept for later.
         """
         self.settle_idle_reads()
         self._end_all_scopes()
@@ -131,7 +132,7 @@ class Manager:
         self._current_unit = None
         self.phase = Phase.FORWARD
         self.training_pass = training
-        known = self.trace is not None and self.trace.covers(batch_shape)
+        known = self.trace is not None and self.trace.covers(batch_shape) and not pending
         self._eager = not (training and known and self.plan is not None and self.plan.reserve_bytes)
         if self._eager:
             self._release_all()

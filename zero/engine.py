@@ -30,10 +30,9 @@ from zero.guard import CastGuard
 from zero.hooks import ModelHooks
 from zero.memory_report import MemoryReport
 from zero.optim.chunked import ZeroOptimizer, require_ours
-from zero.optim.elementwise import state_bytes_per_numel
+from zero.optim.elementwise import state_bytes_per_numel, temporary_bytes_per_numel
 from zero.optim.native import NativeKernel
-from zero.optim.straddle import BLOCK_NUMEL
-from zero.optim.update import ChunkUpdater
+from zero.optim.update import ChunkUpdater, device_piece_numel, step_bytes
 from zero.passes import PassPlanner
 from zero.precision import LossScaler, clip_coefficient, gradient_statistics, require_loss
 from zero.rerun import BufferWatch, StartingPoint
@@ -142,11 +141,11 @@ class Engine:
         self._buffers = BufferWatch(self.module)
 
     def _make_updater(self, optimizer: torch.optim.Optimizer, kernel: NativeKernel | None) -> ChunkUpdater:
+        capacity_bytes = self.device.capacity_bytes
+        self._planner.step_bytes = step_bytes(self.facts, temporary_bytes_per_numel(optimizer), capacity_bytes)
         store, transfer = self.manager.store, self.manager.transfer
-        # Temporaries of an update on the device count against its capacity: keep them a small share of it.
-        # In whole vectors, as torch's fused kernels take them: see zero.optim.straddle.
-        device_piece_numel = min(1 << 24, max(1 << 12, self.device.capacity_bytes // 1024)) // BLOCK_NUMEL * BLOCK_NUMEL
-        return ChunkUpdater(optimizer, store, transfer, kernel, device_piece_numel=device_piece_numel)
+        piece_numel = device_piece_numel(capacity_bytes)
+        return ChunkUpdater(optimizer, store, transfer, kernel, device_piece_numel=piece_numel)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 

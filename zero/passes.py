@@ -9,6 +9,8 @@ from gemini.device import Device
 from gemini.manager import Manager, Phase
 from gemini.plan import ChunkFacts, DoesNotFitError, Plan, offload_all
 from gemini.policy import Policy
+from gemini.segment import Placement
+from gemini.timeline import transient_bytes
 from gemini.trace import Trace
 
 logger = logging.getLogger("zero")
@@ -29,6 +31,7 @@ class PassPlanner:
 
     Attributes:
         needs_plan: the next training pass makes a new plan first.
+        step_bytes: temporaries of an update on the device, as far as they are known beforehand.
     """
 
     def __init__(self, policy: Policy, facts: list[ChunkFacts], manager: Manager, device: Device) -> None:
@@ -37,6 +40,7 @@ class PassPlanner:
         self._manager = manager
         self._device = device
         self.needs_plan = False
+        self.step_bytes = 0
         # Non-model bytes that lie on the device when a pass begins: the user holds the last loss, outputs, batches.
         self._held_bytes = 0
         self._traced_held_bytes = 0
@@ -58,22 +62,24 @@ class PassPlanner:
         if self._manager.phase is not Phase.IDLE:
             self._manager.abort_pass()  # a forward that nobody has taken backward yet
         self._prepare(training, batch_shape, pending)
-        self._manager.begin_pass(training, batch_shape)
+        self._manager.begin_pass(training, batch_shape, pending)
 
     def _prepare(self, training: bool, batch_shape: tuple[int, ...], pending: bool) -> None:
         trace = self._manager.trace
         if trace is None:
             return
-        if not trace.covers(batch_shape) or self._ran_out or (pending and self._crowded(trace)):
+        if not trace.covers(batch_shape) or self._ran_out or (pending and self._crowded(trace, training)):
             self._ran_out = False
             self.offload_everything()  # nobody knows what this pass needs: warm up again
         elif training and (self.needs_plan or self._held_bytes > self._planned_held_bytes):
             self._replan()
 
-    def _crowded(self, trace: Trace) -> bool:
+    def _crowded(self, trace: Trace, training: bool) -> bool:
         """Whether a pass beside the graph of another might not fit beside what the plan keeps on the device."""
-        gathered_bytes = max(fact.value_bytes for fact in self._facts)
-        needed_bytes = self._held_bytes + trace.non_model_peak_bytes + gathered_bytes
+        nothing_stays = [Placement() for _ in self._facts]
+        needed_bytes = self._held_bytes + transient_bytes(self._facts, nothing_stays, trace, with_margin=True)
+        if training:  # one backward through both graphs keeps a gradient until the other graph has added to it
+            needed_bytes += sum(fact.value_bytes for fact in self._facts if fact.companion_bytes_per_numel)
         return self._device.model_data_bytes + needed_bytes > self._device.capacity_bytes
 
     def ran_out(self) -> None:
@@ -99,6 +105,8 @@ class PassPlanner:
         if self._manager.trace is None:
             self._traced_held_bytes = self._held_bytes
         self.needs_plan |= self._manager.end_backward()
+        if self._manager.trace is not None:
+            self._manager.trace.step_peak_bytes = max(self._manager.trace.step_peak_bytes, self.step_bytes)
         self._traced_held_bytes = max(self._traced_held_bytes, self._held_bytes)
 
     def _replan(self) -> None:

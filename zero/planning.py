@@ -22,6 +22,8 @@ from gemini.units import format_bytes
 from zero.config.schema import Config
 from zero.dryrun import models_own_code, walk, walk_evaluation
 from zero.models.build import dress, model_config
+from zero.optim.elementwise import temporary_bytes_per_numel
+from zero.optim.update import step_bytes
 from zero.optimizers import build_optimizer
 from zero.setup import make_policy
 
@@ -42,19 +44,22 @@ class DryRun:
         num_parameters: of the model, tied ones once.
         facts: of its chunks.
         trace: of one micro-batch of the config's shape.
+        update_bytes_per_numel: temporaries of the optimizer's arithmetic.
         evaluation: of one evaluation batch; None where there is none.
     """
 
     num_parameters: int
     facts: list[ChunkFacts]
     trace: Trace
+    update_bytes_per_numel: int
     evaluation: Moment | None = None
 
     @property
     def whole(self) -> Trace:
         """Training and evaluation as one trace, to say what both need."""
         evaluation = [self.evaluation] if self.evaluation is not None else []
-        return Trace([*self.trace.moments, *evaluation], resident=self.trace.resident)
+        moments = [*self.trace.moments, *evaluation]
+        return Trace(moments, step_peak_bytes=self.trace.step_peak_bytes, resident=self.trace.resident)
 
     @property
     def tight_device_bytes(self) -> int:
@@ -160,12 +165,14 @@ def dry_run(
             model = build()
         model.train()
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        trace, engine = walk(model, build_optimizer(model, config), config, (), _batch(shape))
+        optimizer = build_optimizer(model, config)
+        update_bytes = temporary_bytes_per_numel(optimizer)
+        trace, engine = walk(model, optimizer, config, (), _batch(shape))
         evaluation = None
         if evaluation_shape is not None:
             batches_bytes = sum(t.nbytes for t in _batch(shape).values()) * config.train.gradient_accumulation_steps
             evaluation = walk_evaluation(engine, _batch(evaluation_shape), batches_bytes + _SCALARS_BYTES)
-    return DryRun(num_parameters, engine.facts, trace, evaluation)
+    return DryRun(num_parameters, engine.facts, trace, update_bytes, evaluation)
 
 
 def _batch(shape: Shape) -> dict[str, torch.Tensor]:
@@ -197,6 +204,7 @@ def decide(
 
 def _plan(policy: Policy, dry: DryRun, capacity_bytes: int) -> Plan:
     """The plan for the training pass, an evaluation batch having been found to fit as well."""
+    dry.trace.step_peak_bytes = step_bytes(dry.facts, dry.update_bytes_per_numel, capacity_bytes)
     try:
         plan = policy.decide(dry.facts, dry.trace, capacity_bytes)
     except DoesNotFitError as error:

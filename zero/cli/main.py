@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if sys.stdout is None:  # closed by whoever started us: what is said goes nowhere
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+    # Before torch is loaded: threads that wait for one another by spinning take the core that the other would run on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     configure_logging()
     try:
         arguments, rest = _parse(list(sys.argv[1:] if argv is None else argv))

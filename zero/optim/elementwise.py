@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gemini.tracker import StorageTracker
 from zero.errors import UserError
 
 _REASONS = {
@@ -64,6 +65,10 @@ def _why_not(optimizer: torch.optim.Optimizer) -> str | None:
     if not torch.equal(whole.reshape(-1), torch.cat(parts)):
         return "gives another result on two parts of a matrix than on the whole"
     return None
+
+
+_TRIAL_NUMEL = 256
+_NUM_TRIALS = 12
 
 
 class _KeepsCountError(Exception):
@@ -130,6 +135,27 @@ def _trial_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     parameter.grad = torch.ones(4)
     run(shadow)
     return sum(v.element_size() for v in shadow.state[parameter].values() if _elementwise(v))
+
+
+def temporary_bytes_per_numel(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes per element that an update takes at its highest beside parameter, gradient and states.
+
+    Learnt from trial steps: some optimizers (RAdam) need more after the first few.
+    """
+    with _disable_current_modes():
+        shadow, tracker = shadow_of(optimizer), StorageTracker(lambda _: None)
+        parameter = torch.ones(_TRIAL_NUMEL)
+        group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+        most_bytes = 0
+        for _ in range(_NUM_TRIALS):
+            parameter.grad = torch.ones(_TRIAL_NUMEL)
+            shadow.param_groups = [{**group, "params": [parameter]}]
+            with torch.no_grad(), tracker:
+                tracker.reset_peak()
+                before_bytes = tracker.live_bytes
+                run(shadow)
+            most_bytes = max(most_bytes, tracker.peak_bytes - before_bytes)
+        return -(-most_bytes // _TRIAL_NUMEL)
 
 
 def _mimic(value: Any) -> Any:

@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gemini.chunk import Chunk, ChunkTensor
+from gemini.plan import ChunkFacts
 from gemini.segment import GRADIENT, MASTER, Segment
 from gemini.store import Store, Tier
 from gemini.transfer import Transfer
 from zero.optim.elementwise import run, shadow_of
 from zero.optim.native import NativeKernel
-from zero.optim.straddle import cut_blocks, join, put_back, whole_blocks
+from zero.optim.straddle import BLOCK_NUMEL, cut_blocks, join, put_back, whole_blocks
 
 Group = dict[str, Any]
+
+
+def device_piece_numel(capacity_bytes: int) -> int:
+    """Most elements per torch call on a device: temporaries count against its capacity, so they get a small share.
+
+    In whole blocks, as torch's fused kernels take them: see :mod:`zero.optim.straddle`.
+    """
+    return min(1 << 24, max(1 << 10, capacity_bytes // 1024)) // BLOCK_NUMEL * BLOCK_NUMEL
+
+
+def step_bytes(facts: Sequence[ChunkFacts], temporary_bytes_per_numel: int, capacity_bytes: int) -> int:
+    """Temporaries of an optimizer step on a device of this capacity, where companions lie on it.
+
+    Args:
+        facts: of all chunks.
+        temporary_bytes_per_numel: see :func:`zero.optim.elementwise.temporary_bytes_per_numel`.
+        capacity_bytes: of the device.
+    """
+    trained = [fact for fact in facts if fact.companion_bytes_per_numel]
+    most_numel = min(device_piece_numel(capacity_bytes), max((fact.numel for fact in trained), default=0))
+    narrow_numel = max((fact.numel for fact in trained if fact.value_itemsize < 4), default=0)
+    # A piece's gradient in fp32 and the optimizer's own; a whole gradient in fp32 while its norm is taken.
+    return max(most_numel * (4 + temporary_bytes_per_numel), 4 * narrow_numel)
 
 
 @dataclass(frozen=True)
