@@ -6,6 +6,7 @@ code on fake tensors to predict them.
 
 from __future__ import annotations
 
+import _thread
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -89,9 +90,12 @@ class StorageTracker(TorchDispatchMode):
         self_reference = weakref.ref(self)
 
         def forget(_: Any) -> None:
-            tracker = self_reference()
-            if tracker is not None and tracker._storages.pop(key, None) is not None:
-                tracker.live_bytes -= num_bytes
+            try:
+                tracker = self_reference()
+                if tracker is not None and tracker._storages.pop(key, None) is not None:
+                    tracker.live_bytes -= num_bytes
+            except KeyboardInterrupt:  # a Ctrl-C that fell into this callback would be lost
+                _thread.interrupt_main()
 
         # PyTorch keeps one Python object per storage as long as the storage lives, so its death is the storage's.
         self._storages[key] = weakref.ref(storage, forget)

@@ -160,7 +160,7 @@ BAD_TOML: list[tuple[str, str, list[str]]] = [
     ("data_list_of_numbers", "[data]\ntrain = [1, 2]", ["data.train", "dataset name"]),
     ("format_unknown", '[data]\nformat = "chat"', ["data.format", 'did you mean "messages"?']),
     ("on_error_unknown", '[data]\non_error = "ignore"', ["data.on_error", 'did you mean "skip"?']),
-    ("seq_length_zero", "[data]\nseq_length = 0", ["data.seq_length", "1 or more"]),
+    ("seq_length_zero", "[data]\nseq_length = 0", ["data.seq_length", "3 or more"]),
     ("eval_fraction_one", "[data]\neval_fraction = 1.0", ["data.eval_fraction", "below 1"]),
     ("workers_negative", "[data]\nnum_workers = -1", ["data.num_workers", "0 or more"]),
     ("column_and_messages", '[data]\nformat = "messages"\ntext_column = "x"', ["data.text_column", "messages"]),

@@ -120,8 +120,9 @@ def contradictions(manifest: Manifest, saved: Saved) -> list[str]:
             lines.append(f"{role} of {name} is missing")
         elif parts is not None and parts[0].shape != shape:
             lines.append(f"{role} of {name} has shape {parts[0].shape}, not {shape}")
-    if manifest.step != saved.counters["num_steps"]:
-        lines.append(f"step {manifest.step} in the manifest, {saved.counters['num_steps']} in the state")
+    step = saved.counters["num_steps"] + saved.counters["num_skipped_steps"]
+    if manifest.step != step:
+        lines.append(f"step {manifest.step} in the manifest, {step} in the state")
     lines += _bad_records(saved)
     if saved.optimizer is not None:
         trained = {name for name, record in saved.parameters.items() if record.trainable}

@@ -126,7 +126,8 @@ def _prepare(engine: Engine, extra: Any, lr_scheduler: Any, tokenizer: Any, incl
         rank_file(_RANK): dump(rank_state(engine)),
     }
     sources = into_files(collect(engine, include_frozen))
-    return _Job(engine.num_steps, engine.run_id, state["config"], documents, sources)
+    # Skipped steps count, so that the names of checkpoints are steps of training.
+    return _Job(engine.num_steps + engine.num_skipped_steps, engine.run_id, state["config"], documents, sources)
 
 
 def _require_room(directory: Path, job: _Job) -> None:

@@ -156,6 +156,6 @@ def _finished(config: Config, draft: Draft, label: str, source: Any) -> Config:
     config._source = label
     config._variables = variables | draft.variables
     config._notes = tuple(draft.notes)
-    for note in draft.notes:
+    for note in () if isinstance(source, Config) else draft.notes:  # a config that is checked again has said it
         _log.warning("%s: %s", label, note)
     return config

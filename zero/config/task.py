@@ -14,6 +14,7 @@ from zero.config.types import (
     PositiveInt,
     PositiveNumber,
     Section,
+    SequenceLength,
     Text,
     Texts,
 )
@@ -141,7 +142,7 @@ class DataSection(Section):
     text_column: Text | None = None
     """Column with the text. Unset: `text`."""
 
-    seq_length: PositiveInt = DEFAULT_SEQ_LENGTH
+    seq_length: SequenceLength = DEFAULT_SEQ_LENGTH
     """Tokens per sequence; longer records are cut. Lowered to the positions of a model given by `model.config` where
     that has fewer and this is unset."""
 

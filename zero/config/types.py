@@ -67,6 +67,7 @@ def _not_zero(value: int) -> int:
 _STRICT_FLOAT = Field(strict=True, allow_inf_nan=False)
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1, le=2**53), Allowed("a whole number, 1 or more")]
+SequenceLength = Annotated[int, Field(strict=True, ge=3, le=2**53), Allowed("a whole number, 3 or more")]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0, le=2**53), Allowed("a whole number, 0 or more")]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32), Allowed("a whole number from 0 to 4294967295")]
 MaxSteps = Annotated[
