@@ -1,7 +1,7 @@
-"""A plain PyTorch loop, with one line added: the model may now be larger than the device.
+"""A plain PyTorch loop, with one call added: the model may now be larger than the device.
 
     python examples/own_loop_unchanged.py             with zero.initialize, on a device of 10 MiB (model data: 29 MiB)
-    python examples/own_loop_unchanged.py --plain     without that line
+    python examples/own_loop_unchanged.py --plain     without that call
 
 Both print the same losses, to the last digit.
 """

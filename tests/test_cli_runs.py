@@ -47,6 +47,18 @@ class TestExtending:
         assert losses[0] == losses[1]
         assert weights(extended) == weights(whole)
 
+    def test_an_extended_run_takes_the_rates_of_the_longer_schedule(self, tmp_path: Path) -> None:
+        """The shorter run ended at a rate of 0, which is what its checkpoint holds."""
+        falling = ("--scheduler.name", "linear", "--scheduler.warmup_ratio", "0", "--optimizer.lr", "1e-3")
+        out = tmp_path / "out"
+        assert train(tmp_path, out, *falling, "--train.max_steps", "2") == 0
+        summary = (out / "summary.json").read_text()
+        assert train(tmp_path, out, *falling, "--train.max_steps", "2", *RESUME) == 0
+        assert (out / "summary.json").read_text() == summary, "nothing was trained"
+        assert train(tmp_path, out, *falling, "--train.max_steps", "4", *RESUME) == 0
+        rates = [line["lr"] for line in comparable_metrics(out) if "lr" in line]
+        assert rates == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
+
     def test_a_resume_with_nothing_left_to_do_changes_nothing(self, tmp_path: Path) -> None:
         short = (*CONSTANT, "--train.max_steps", "2")
         out = tmp_path / "out"

@@ -176,7 +176,7 @@ class TestReadme:
         assert {line.split()[1] for line in _commands() if line.startswith("zero ")} >= {
             *("train", "plan", "generate", "export", "run"),
         }
-        known = ("make ", "zero ", "python examples/", "python3 -m venv", ".venv/bin/pip install")
+        known = ("make ", "zero ", "python examples/", "python3 -m venv", ". .venv/bin/activate", "pip install")
         assert [line for line in _commands() if not line.startswith(known)] == []
 
     @pytest.mark.parametrize("command", [line for line in _commands() if line.startswith("make ")])

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from report_samples import GIB, MIB
 
+from gemini.device import DeviceMemory
+from gemini.store import Tier
+from gemini.trace import Moment
 from zero.errors import UserError
 from zero.report.memory_map import MemorySample, draw_memory_map
+from zero.report.recorder import StepRecorder
 
 
 class TestMemoryMap:
@@ -79,3 +84,19 @@ class TestMemoryMap:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(UserError, match="pip install matplotlib"):
             draw_memory_map(self.samples(), tmp_path / "map.png")
+
+
+def test_no_sample_of_a_step_is_above_what_was_there() -> None:
+    """Activations may have been highest before the chunk came that is there at the end: their sum was never there."""
+    there = DeviceMemory(model_data_bytes=30, non_model_bytes=1, peak_bytes=32, non_model_peak_bytes=20)
+    manager: Any = SimpleNamespace(
+        device=SimpleNamespace(memory=lambda: there),
+        store=SimpleNamespace(
+            kinds=lambda tier: {"parameters": 30} if tier is Tier.DEVICE else {}, tier_bytes=lambda _: 30
+        ),
+        gathered_by_state=dict,
+    )
+    recorder = StepRecorder(manager)
+    recorder.moment_ended(Moment("block 0", "forward", non_model_peak_bytes=20))
+    (sample,) = recorder.samples
+    assert sum(sample.device_bytes.values()) + sample.non_model_bytes == 32

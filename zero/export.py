@@ -112,7 +112,9 @@ def write_safetensors(tensors: Iterator[tuple[str, torch.Tensor]], directory: Pa
 
     def flush() -> None:
         nonlocal pending, pending_bytes
-        save_file(pending, directory / f"shard-{len(shards):05d}.tmp", metadata={"format": "pt"})
+        file = directory / f"shard-{len(shards):05d}.tmp"
+        save_file(pending, file, metadata={"format": "pt"})
+        file.chmod(0o666 & directory.stat().st_mode)  # it comes readable by nobody else
         shards.append(list(pending))
         pending, pending_bytes = {}, 0
 

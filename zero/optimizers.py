@@ -50,3 +50,14 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Config, num_steps:
         num_warmup_steps=config.scheduler.num_warmup_steps(num_steps),
         num_training_steps=num_steps,
     )
+
+
+def set_rates(scheduler: Any) -> None:
+    """The rates of the step where a schedule stands: the saved ones are of a schedule that may have been shorter."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        rates = [
+            base * rate(scheduler.last_epoch)
+            for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate

@@ -47,6 +47,7 @@ class PassPlanner:
         self._planned_held_bytes = 0
         # A pass ran out of memory: the next one begins with nothing on the device, and plans leave more room.
         self._ran_out = False
+        self._was_planned = False
         self._margin_bytes = 0
         self._planned_margin_bytes = 0
 
@@ -126,6 +127,9 @@ class PassPlanner:
             # The pass that was traced did run, so this is a prediction on the safe side: go on as it ran.
             logger.debug("no plan from the trace: %s", error)
             plan = self._as_it_ran()
+        if self._was_planned:
+            logger.info("a pass needed more than those before it: planned anew")
+        self._was_planned = True
         self._manager.apply(plan)
 
     def _as_it_ran(self) -> Plan:

@@ -27,7 +27,7 @@ from zero.errors import UserError
 from zero.evaluate import evaluate, num_loss_tokens, perplexity
 from zero.initializer import initialize
 from zero.models.build import build_model, build_tokenizer, max_positions, model_config
-from zero.optimizers import build_optimizer, build_scheduler
+from zero.optimizers import build_optimizer, build_scheduler, set_rates
 from zero.planning import PlannedRun, plan_run
 from zero.report.console import Reporter, make_reporter
 from zero.report.memory_map import draw_memory_map
@@ -253,6 +253,7 @@ class Trainer:
         loaded = load_checkpoint(engine, folder, lr_scheduler=scheduler)
         if loaded.extra is None or "data" not in loaded.extra:
             raise UserError(f"{loaded.path}: not written by `zero train`, so it does not say where in the data it was")
+        set_rates(scheduler)
         self._progress.step = int(loaded.extra["step"])
         self.data.train_loader.load_state_dict(loaded.extra["data"])
         self._result.eval_perplexity_before = loaded.extra.get("eval_perplexity_before")
@@ -455,7 +456,9 @@ class Trainer:
         result.host_bytes = report.host_bytes
         result.pinned_bytes = report.pinned_bytes
         result.wall_s = time.perf_counter() - started_s
-        (self.output_dir / SUMMARY_FILE).write_text(json.dumps(vars(result), indent=2) + "\n", encoding="utf-8")
+        summary = self.output_dir / SUMMARY_FILE
+        if progress.losses or not summary.exists():  # a resume that found nothing to do has measured nothing
+            summary.write_text(json.dumps(vars(result), indent=2) + "\n", encoding="utf-8")
         reporter.summary(self._summary_rows(folder))
 
     def _summary_rows(self, folder: Path) -> list[tuple[str, str]]:
@@ -477,7 +480,7 @@ class Trainer:
             rows.append(("device peak, predicted", format_bytes(result.predicted_device_peak_bytes)))
         rows += [
             ("device peak, measured", format_bytes(result.device_peak_bytes)),
-            ("host, pinned", f"{format_bytes(result.host_bytes)}, {format_bytes(result.pinned_bytes)}"),
+            ("host", f"{format_bytes(result.host_bytes)}, of it pinned {format_bytes(result.pinned_bytes)}"),
             ("steps", f"{result.num_steps}, of them skipped {result.num_skipped_steps}"),
             ("speed", f"{result.tokens_per_s:,.0f} tokens/s, {result.wall_s:.0f} s in all"),
             ("model folder", str(folder)),

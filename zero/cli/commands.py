@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from zero.config.describe import config_help, to_toml
 from zero.config.loading import load_config
 from zero.config.overrides import parse_overrides
-from zero.errors import UserError
+from zero.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from zero.config.schema import Config
@@ -27,7 +27,15 @@ class RunFailed(RuntimeError):
 def _load(arguments: argparse.Namespace, rest: list[str], require: tuple[str, ...] = ()) -> Config:
     if arguments.config is None and not rest:
         raise UserError("a config file is needed, such as configs/quickstart.toml")
-    return load_config(arguments.config, parse_overrides(rest), require=require)
+    problems: list[str] = []
+    overrides = parse_overrides(rest, problems)
+    try:
+        config = load_config(arguments.config, overrides, require=require)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems], error.source) from error
+    if problems:
+        raise ConfigError(problems, "command line")
+    return config
 
 
 def _one_process(arguments: argparse.Namespace) -> None:

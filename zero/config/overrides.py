@@ -22,7 +22,7 @@ from zero.errors import ConfigError
 _FREE_TABLE = "model.config"
 
 
-def parse_overrides(argv: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(argv: Sequence[str], problems: list[str] | None = None) -> dict[str, Any]:
     """Reads ``--section.key value`` and ``--section.key=value`` arguments into tables for ``load_config``.
 
     Values are written as in TOML: numbers, true and false, ``[0.9, 0.95]``, ``{mode = "1d", size = 2}``. Anything else,
@@ -31,6 +31,7 @@ def parse_overrides(argv: Sequence[str]) -> dict[str, Any]:
 
     Args:
         argv: The arguments, without the program's name and its own options.
+        problems: Where to put what cannot be read, instead of raising, so that it can be said with what else is wrong.
 
     Returns:
         Tables, for example ``{"train": {"max_steps": 10}}``; values are not yet checked.
@@ -39,7 +40,8 @@ def parse_overrides(argv: Sequence[str]) -> dict[str, Any]:
         ConfigError: If an argument cannot be read or its key does not exist; one line for each.
     """
     tables: dict[str, Any] = {}
-    problems: list[str] = []
+    raises = problems is None
+    problems = [] if problems is None else problems
     position = 0
     while position < len(argv):
         argument = argv[position]
@@ -52,7 +54,7 @@ def parse_overrides(argv: Sequence[str]) -> dict[str, Any]:
             text, has_value = argv[position], "="
             position += 1
         problems += _take(tables, name.replace("-", "_"), text if has_value else None)
-    if problems:
+    if problems and raises:
         raise ConfigError(problems, "command line")
     return tables
 

@@ -156,7 +156,7 @@ class DataSection(Section):
     """Fraction of the training records held out for evaluation where `eval` is unset, 0 to below 1. 0: none."""
 
     max_samples: PositiveInt | None = None
-    """Use only this many training records. Unset: all."""
+    """Use only this many training records (a .txt file is one). Unset: all."""
 
     shuffle: bool = True
     """New order of the training sequences in every epoch, from train.seed."""

@@ -29,8 +29,11 @@ class StepRecorder(MomentListener):
         self._manager.listener = None
 
     def moment_ended(self, moment: Moment) -> None:
-        """Takes a sample."""
-        self._sample(moment.label, moment.phase, moment.non_model_peak_bytes)
+        """Takes a sample: what is there now, and non-model bytes as far as both together were there at one instant."""
+        memory = self._manager.device.memory()
+        beside_bytes = memory.peak_bytes - self._manager.store.tier_bytes(Tier.DEVICE)
+        highest_bytes = max(memory.non_model_bytes, min(moment.non_model_peak_bytes, beside_bytes))
+        self._sample(moment.label, moment.phase, highest_bytes)
 
     def step_ended(self) -> None:
         """Takes a sample of what stays between steps."""
