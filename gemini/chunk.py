@@ -74,6 +74,18 @@ class ChunkTensor:
             self.parameter.data = data
 
     @property
+    def storage(self) -> torch.UntypedStorage:
+        """Of what the parameter points at. No operator runs, so nothing is counted."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.parameter.untyped_storage()
+
+    @property
+    def address(self) -> int:
+        """Of the first element that the parameter points at; likewise."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.parameter.data_ptr()
+
+    @property
     def version(self) -> int:
         """How often the user's code has written the parameter in place."""
         with torch._C.DisableTorchFunctionSubclass():
@@ -306,11 +318,6 @@ class Chunk(Holdings):
         return self.on_device and not self.resident and not self.in_use
 
     @property
-    def ready(self) -> bool:
-        """Whether every tensor's slot holds its gradient."""
-        return all(tensor.state is TensorState.READY_FOR_REDUCE for tensor in self.tensors)
-
-    @property
     def takes_slots(self) -> bool:
         """Whether gradients may overwrite values here: a gathered copy, never the resident values themselves."""
         return self.on_device and not self.resident
@@ -474,7 +481,7 @@ class Chunk(Holdings):
                 raise RuntimeError(f"chunk {self.index}: {tensor!r}: holders and state disagree")
             if self.resident and tensor.state is TensorState.READY_FOR_REDUCE:
                 raise RuntimeError(f"chunk {self.index}: {tensor!r}: a gradient overwrote resident values")
-            bound = tensor.bound.data_ptr() == self.view_of(tensor).data_ptr() if self._views else False
+            bound = tensor.address == self.view_of(tensor).data_ptr() if self._views else False
             if tensor.state in _READABLE and not bound and not tensor.is_shown:
                 raise RuntimeError(f"chunk {self.index}: {tensor.name} does not point into its chunk")
 

@@ -211,7 +211,7 @@ class Manager:
 
     def _aliases(self, scope: Scope, returned: Iterable[torch.Tensor]) -> set[ChunkTensor]:
         storages = {id(tensor.untyped_storage()) for tensor in returned}
-        return {t for t in scope.held if id(t.bound.untyped_storage()) in storages}
+        return {t for t in scope.held if id(t.storage) in storages}
 
     def read(self, tensor: ChunkTensor, unit: str | None = None) -> None:
         """A parameter is about to be read by the program.

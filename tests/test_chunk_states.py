@@ -259,7 +259,7 @@ def test_no_room_to_widen_a_gradient_loses_nothing_and_adds_nothing_twice(cut: i
     with pytest.raises(HostMemoryError):
         chunk.reduce()
     house.store.check_integrity()
-    assert chunk.ready
+    assert all(tensor.state is TensorState.READY_FOR_REDUCE for tensor in chunk.tensors)
     for tensor in (a, b):
         assert torch.equal(
             chunk.companion_of(tensor, GRADIENT), gradient_like(tensor, 1, chunk.companion_of(tensor, GRADIENT).dtype)
