@@ -36,7 +36,7 @@ def largest_file() -> Iterator[Callable[[int], None]]:
 
 
 class TestExtending:
-    @pytest.mark.parametrize("accumulation", ["1", "3"])
+    @pytest.mark.parametrize("accumulation", [pytest.param("1", marks=pytest.mark.full), "3"])
     def test_a_finished_run_that_is_extended_is_the_long_run(self, accumulation: str, tmp_path: Path) -> None:
         same = (*CONSTANT, "--train.save_steps", "100", "--train.gradient_accumulation_steps", accumulation)
         whole, extended = tmp_path / "whole", tmp_path / "extended"

@@ -38,8 +38,12 @@ def refused_before_anything_is_written(folder: Path, *overrides: str) -> bool:
     return code == 2
 
 
+_QUICK = ("adamw", "adagrad", "radam", "asgd")
+_NAMES = [name if name in _QUICK else pytest.param(name, marks=pytest.mark.full) for name in _CLASSES]
+
+
 class TestOptimizers:
-    @pytest.mark.parametrize("name", _CLASSES)
+    @pytest.mark.parametrize("name", _NAMES)
     def test_every_optimizer_can_be_planned_for(self, name: str) -> None:
         states = {"sgd": 0, "adagrad": 1, "rmsprop": 1}.get(name)
         facts = planned("--optimizer.name", name).dry.facts
