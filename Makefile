@@ -27,11 +27,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One process for each file: peak-memory figures and patched entry points of one file cannot reach another. Several at
-# once, each with one thread: tiny models gain nothing from more, and threads that wait for one another lose much.
+# Files that share a process, so that torch starts once for all of them. The others have one each: what they patch or fill
+# cannot reach another. Several processes at a time, each with one thread: tiny models gain nothing from more, and threads
+# that wait for one another lose much.
+LIGHT := $(wildcard $(patsubst %,tests/test_%.py,arena chunk_states config config_forms data data_bad_files data_order \
+	data_sources device env eviction idle_reads layout memory_map metrics placement policy report simulated streams \
+	tight trace units zoo))
+ALONE := $(filter-out $(LIGHT),$(wildcard tests/test_*.py))
 define each_file
-	@printf '%s\n' tests/test_*.py | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I FILE sh -c '\
-		out=$$($(BIN)/python -m pytest -q -m $(1) FILE 2>&1); rc=$$?; printf "== FILE\n%s\n" "$$out"; exit $$rc'
+	@printf '%s\n' tests/test_exactness.py "$(LIGHT)" $(filter-out tests/test_exactness.py,$(ALONE)) | \
+		OMP_NUM_THREADS=1 xargs -P $(JOBS) -I FILES sh -c '\
+		out=$$($(BIN)/python -m pytest -q -m $(1) FILES 2>&1); rc=$$?; printf "== FILES\n%s\n" "$$out"; exit $$rc'
 endef
 
 test: lint

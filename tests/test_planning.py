@@ -80,6 +80,7 @@ class TestWhatCannotBeWalked:
         assert refused_before_anything_is_written(tmp_path, *lora, "--device.memory", "300KiB")
 
 
+@pytest.mark.full
 class TestHost:
     @pytest.mark.parametrize(
         "overrides",
