@@ -8,100 +8,23 @@ at once. A chunk whose values are wholly resident uses that resident buffer as i
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from gemini.device import Event
+from gemini.exchange import ALONE, Exchange
 from gemini.gradients import flat_gradient, reserve, send
 from gemini.holdings import Holdings
 from gemini.layout import ChunkLayout, Entry
 from gemini.segment import MASTER, Placement, Segment, rebuild
 from gemini.state import HOLDING, Move, TensorState, next_state
 from gemini.store import Kind, Store, Tier
+from gemini.tensor import ChunkTensor
 from gemini.transfer import Transfer
-
-Read = Callable[[torch.Tensor, list[torch.Tensor]], None]
-"""Writes a parameter's present values into tensors of its shape (and of dtypes of their own)."""
-
-
-def read_tensor(parameter: torch.Tensor, targets: list[torch.Tensor]) -> None:
-    """The usual :data:`Read`: the values are in memory."""
-    source = parameter.detach()
-    for target in targets:
-        target.copy_(source)
-
+from gemini.views import Read, poison_of, read_tensor, view_of
 
 _READABLE = HOLDING | {TensorState.COMPUTE}
-
-
-class ChunkTensor:
-    """One parameter in a chunk.
-
-    Attributes:
-        parameter: the user's tensor; its ``data`` is a view of the gathered buffer, or a NaN placeholder of its shape.
-        state: see :class:`TensorState`.
-        num_holders: how many running modules or backward scopes read it now; positive only in COMPUTE.
-        has_gradient: a gradient has been sent to its owner since the last ``zero_grad``.
-        is_shown: between passes: the user reads it, where it lies or as a copy (:mod:`gemini.idle`).
-    """
-
-    def __init__(self, chunk: Chunk, position: int, parameter: torch.Tensor) -> None:
-        self.chunk = chunk
-        self.position = position
-        self.entry: Entry = chunk.layout.entries[position]
-        self.parameter = parameter
-        self.state = TensorState.FREE
-        self.num_holders = 0
-        self.has_gradient = False
-        self.is_shown = False
-        self._seen_version = parameter._version
-
-    @property
-    def name(self) -> str:
-        """The parameter's first name in the model."""
-        return self.entry.spec.name
-
-    @property
-    def bound(self) -> torch.Tensor:
-        """What the parameter points at: taken, and set, past what its class does when the user's code does the same."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.parameter.data
-
-    @bound.setter
-    def bound(self, data: torch.Tensor) -> None:
-        with torch._C.DisableTorchFunctionSubclass():
-            self.parameter.data = data
-
-    @property
-    def storage(self) -> torch.UntypedStorage:
-        """Of what the parameter points at. No operator runs, so nothing is counted."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.parameter.untyped_storage()
-
-    @property
-    def address(self) -> int:
-        """Of the first element that the parameter points at; likewise."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.parameter.data_ptr()
-
-    @property
-    def version(self) -> int:
-        """How often the user's code has written the parameter in place."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.parameter._version
-
-    @property
-    def written(self) -> bool:
-        """Whether it has done so since :meth:`note_written`."""
-        return self.version != self._seen_version
-
-    def note_written(self) -> None:
-        """What was written up to now has been taken over."""
-        self._seen_version = self.version
-
-    def __repr__(self) -> str:
-        return f"ChunkTensor({self.name}, {self.state.name}, holders={self.num_holders})"
 
 
 class Chunk(Holdings):
@@ -114,6 +37,7 @@ class Chunk(Holdings):
         transfer: carries copies between tiers.
         keep_master: keep an fp32 master beside (or as) the values: the chunk will be trained.
         read: gets the parameters' present values.
+        exchange: with the other processes that own a part of the chunk.
     """
 
     def __init__(
@@ -124,8 +48,10 @@ class Chunk(Holdings):
         transfer: Transfer,
         keep_master: bool,
         read: Read = read_tensor,
+        exchange: Exchange = ALONE,
     ) -> None:
-        super().__init__(store)
+        super().__init__(store, exchange.shard(layout))
+        self._exchange = exchange
         self.layout = layout
         self.index = layout.index
         self._transfer = transfer
@@ -138,7 +64,9 @@ class Chunk(Holdings):
         self._fetched: Event | None = None
         self._num_in_use = 0
         self.step = 0
-        placeholder = torch.full((), _poison(layout.dtype), dtype=layout.dtype, device=store.device.torch_device)
+        # Gradients have reached the owners since they were last forgotten; only where others own a part, too.
+        self.has_sums = False
+        placeholder = torch.full((), poison_of(layout.dtype), dtype=layout.dtype, device=store.device.torch_device)
         self._placeholders = [placeholder.expand(e.spec.shape) for e in layout.entries]
         self._bind_placeholders()
 
@@ -146,9 +74,9 @@ class Chunk(Holdings):
 
     def _take_over(self, keep_master: bool, read: Read) -> Segment:
         """Copies values to the host, tensor by tensor, dropping each original as soon as its copy is made."""
-        numel, dtype = self.layout.numel, self.layout.dtype
+        numel, dtype = self.shard.numel, self.layout.dtype
         values = self._store.allocate(Tier.HOST, Kind.PARAMETERS, numel, dtype)
-        segment = Segment(0, numel, Tier.HOST, Tier.HOST, values)
+        segment = Segment(self.shard.start, self.shard.stop, Tier.HOST, Tier.HOST, values)
         try:
             if keep_master and dtype == torch.float32:
                 segment.companions[MASTER] = values
@@ -160,24 +88,34 @@ class Chunk(Holdings):
             raise
         buffers = list({id(t): t for t in (values, segment.companions.get(MASTER, values))}.values())
         for tensor in self.tensors:
-            read(tensor.parameter, [_view(buffer, tensor.entry) for buffer in buffers])
+            self._read(tensor, buffers, read)
             tensor.bound = torch.empty(0, dtype=dtype, device=self._store.device.torch_device)
         return segment
 
+    def _read(self, tensor: ChunkTensor, buffers: list[torch.Tensor], read: Read) -> None:
+        entry, shard = tensor.entry, self.shard
+        if shard.is_whole:
+            read(tensor.parameter, None, [view_of(buffer, entry) for buffer in buffers])
+            return
+        left = min(max(entry.offset, shard.start), entry.stop)
+        right = max(left, min(entry.stop, shard.stop))  # of some parameters nothing is owned
+        parts = [buffer[left - shard.start : right - shard.start] for buffer in buffers]
+        read(tensor.parameter, left - entry.offset, parts if left < right else [buffers[0][:0]])
+
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Number of elements of all parameters."""
         return self.layout.numel
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the gathered buffer."""
-        return self.layout.num_bytes
+        return self.shard.gathered_numel * self.layout.dtype.itemsize
 
     @property
     def resident(self) -> bool:
         """Whether all values live on the device, so that no gathered copy is needed."""
-        return len(self.segments) == 1 and self.segments[0].value_tier is Tier.DEVICE
+        return self.shard.is_whole and len(self.segments) == 1 and self.segments[0].value_tier is Tier.DEVICE
 
     @property
     def on_device(self) -> bool:
@@ -205,18 +143,27 @@ class Chunk(Holdings):
             torch.OutOfMemoryError: the device has no room.
         """
         after = [self._after(tensor, Move.FETCH) for tensor in self.tensors]
+        numel = self.shard.gathered_numel
         if self._buffer is None:
-            self._buffer = self._store.allocate(Tier.DEVICE, Kind.GATHERED, self.numel, self.layout.dtype)
-            self._views = [_view(self._buffer, entry) for entry in self.layout.entries]
+            self._buffer = self._store.allocate(Tier.DEVICE, Kind.GATHERED, numel, self.layout.dtype)
+            self._views = [view_of(self._buffer, entry) for entry in self.layout.entries]
         else:
-            self._store.device.take_again(self._buffer, self.numel)
+            self._store.device.take_again(self._buffer, numel)
             self._store.bytes_by[Tier.DEVICE, Kind.GATHERED] += self.num_bytes
-        for segment in self.segments:
-            self._transfer.to_gathered(self._buffer[segment.start : segment.stop], segment.values, segment.value_tier)
-        self._fetched = self._transfer.fetched_event()
+        self._fill_buffer()
         for tensor, state, view in zip(self.tensors, after, self._views, strict=True):
             tensor.state = state
             tensor.bound = view
+
+    def _fill_buffer(self) -> None:
+        """Queues this process's own values on their way into the gathered buffer, and gets the others'."""
+        for segment in self.segments:
+            target = self.buffer[segment.start : segment.stop]
+            self._transfer.to_gathered(target, segment.values, segment.value_tier)
+        self._fetched = self._transfer.fetched_event()
+        if not self.shard.is_whole:
+            self._settle_fetch()
+            self._exchange.complete(self)
 
     def acquire(self, tensor: ChunkTensor) -> None:
         """HOLD or HOLD_AFTER_* -> COMPUTE; one more holder if it is in COMPUTE already."""
@@ -262,7 +209,13 @@ class Chunk(Holdings):
             self._views[tensor.position].copy_(gradient)
 
     def restore(self, tensor: ChunkTensor) -> None:
-        """READY_FOR_REDUCE -> HOLD: the gradient goes to its owner, the values come back into the slot."""
+        """READY_FOR_REDUCE -> HOLD: the gradient goes to its owner, the values come back into the slot.
+
+        Where others own values too, all slots are restored: what comes back is the whole buffer.
+        """
+        if not self.shard.is_whole:
+            self._restore_all()
+            return
         after = self._after(tensor, Move.RESTORE)
         with self._transfer.device.bookkeeping():
             self._send([tensor])
@@ -271,6 +224,15 @@ class Chunk(Holdings):
                 self._transfer.to_gathered(self.buffer[start:stop], source, segment.value_tier)
             self._fetched = self._transfer.fetched_event()
         tensor.state = after
+
+    def _restore_all(self) -> None:
+        ready = [tensor for tensor in self.tensors if tensor.state is TensorState.READY_FOR_REDUCE]
+        after = [self._after(tensor, Move.RESTORE) for tensor in ready]
+        with self._transfer.device.bookkeeping():
+            self._send(ready)
+            self._fill_buffer()
+        for tensor, state in zip(ready, after, strict=True):
+            tensor.state = state
 
     def reduce(self) -> None:
         """Sends every gradient that waits in a slot to its owner and gives the device memory back.
@@ -324,17 +286,42 @@ class Chunk(Holdings):
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
+    def settle_gradients(self) -> None:
+        """Where several processes train together, afterwards all know the same of every gradient."""
+        self._exchange.settle_gradients()
+
     def deliver(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
         """Sends a gradient straight to its owner, without a slot (the chunk is free, or resident)."""
         entry, first = tensor.entry, not tensor.has_gradient
+        if not self.shard.is_whole:
+            with torch.no_grad():
+                self._exchange.reduce(self, [(entry.offset, flat_gradient(gradient, entry.spec))])
+            tensor.has_gradient = True
+            return
         reserve(self.segments, self._store, entry.offset, entry.stop, gradient.dtype, first)
         with torch.no_grad():
             flat = flat_gradient(gradient, entry.spec)
         send(self.segments, self._store, self._transfer, entry.offset, flat, first)
         tensor.has_gradient = True
 
+    def reserve_sums(self, dtype: torch.dtype) -> None:
+        """Makes room for gradients of the owned part, so that adding to them cannot fail."""
+        reserve(self.segments, self._store, self.shard.start, self.shard.stop, dtype, first=not self.has_sums)
+
+    def add_sums(self, start: int, values: torch.Tensor) -> None:
+        """Adds gradients that came from all owners, or takes them as they are where :attr:`has_sums` is not set.
+
+        Args:
+            start: first element of the chunk.
+            values: 1-D, on the device.
+        """
+        send(self.segments, self._store, self._transfer, start, values, first=not self.has_sums)
+
     def _send(self, tensors: Sequence[ChunkTensor]) -> None:
         """Sends gradients out of their slots, neighbours in one copy. All or, where memory lacks, none."""
+        if not self.shard.is_whole:
+            self._send_to_owners(tensors)
+            return
         runs: list[list[ChunkTensor]] = []
         for tensor in tensors:
             entry, before = tensor.entry, runs[-1][-1] if runs else None
@@ -352,6 +339,13 @@ class Chunk(Holdings):
             for tensor in run:
                 tensor.has_gradient = True
 
+    def _send_to_owners(self, tensors: Sequence[ChunkTensor]) -> None:
+        if not tensors:
+            return
+        self._exchange.reduce(self, [(t.entry.offset, self.buffer[t.entry.offset : t.entry.stop]) for t in tensors])
+        for tensor in tensors:
+            tensor.has_gradient = True
+
     # -- placement and whole values ----------------------------------------------------------------------------------
 
     def place(self, placement: Placement) -> None:
@@ -364,9 +358,10 @@ class Chunk(Holdings):
         """
         if placement == self.placement:
             return
+        self.before_change()
         self._leave_device()
         try:
-            self.segments = rebuild(self.segments, placement, self.numel, self._store)
+            self.segments = rebuild(self.segments, placement, self._store)
         finally:
             if self.resident:
                 self._enter_residence()
@@ -388,7 +383,7 @@ class Chunk(Holdings):
 
     def _enter_residence(self) -> None:
         self._buffer = self.segments[0].values
-        self._views = [_view(self._buffer, entry) for entry in self.layout.entries]
+        self._views = [view_of(self._buffer, entry) for entry in self.layout.entries]
         for tensor, view in zip(self.tensors, self._views, strict=True):
             self._move(tensor, Move.FETCH)
             tensor.bound = view
@@ -419,8 +414,7 @@ class Chunk(Holdings):
 
     def values_of(self, tensor: ChunkTensor) -> torch.Tensor:
         """A host copy of one parameter's authoritative values, in its shape and compute dtype."""
-        with self._transfer.device.bookkeeping():
-            return self.copy_out(tensor.entry, None)
+        return self._whole(tensor.entry, None)
 
     def companion_of(self, tensor: ChunkTensor, key: str) -> torch.Tensor:
         """A host copy of one parameter's share of a companion, in its shape.
@@ -428,8 +422,12 @@ class Chunk(Holdings):
         Raises:
             KeyError: no segment of the tensor has such a companion.
         """
+        return self._whole(tensor.entry, key)
+
+    def _whole(self, entry: Entry, key: str | None) -> torch.Tensor:
         with self._transfer.device.bookkeeping():
-            return self.copy_out(tensor.entry, key)
+            flat = self._exchange.read(self, entry, key)
+        return flat.as_strided(entry.spec.shape, entry.spec.stride)
 
     def write_companion(self, tensor: ChunkTensor, key: str, data: torch.Tensor) -> None:
         """Writes one parameter's share of a companion, allocating the companion if need be."""
@@ -441,10 +439,12 @@ class Chunk(Holdings):
             self.reduce()
         self.put_values(tensor.entry, data)
 
-    def dissolve(self) -> None:
-        """Gives everything back; the parameters become ordinary tensors with their values on the host."""
+    def dissolve(self, keep_values: bool = True) -> None:
+        """Gives everything back; the parameters become ordinary tensors with their values on the host, or empty ones."""
+        self.before_change()
         self._leave_device()
-        values = [self.values_of(tensor) for tensor in self.tensors]
+        nothing = torch.empty(0, dtype=self.layout.dtype)
+        values = [self.values_of(tensor) if keep_values else nothing for tensor in self.tensors]
         for segment in self.segments:
             segment.free(self._store)
         self.segments = []
@@ -471,7 +471,7 @@ class Chunk(Holdings):
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if states, memory and segments contradict one another."""
-        self.check_cover(self.index, self.numel)
+        self.check_cover(self.index)
         if self._num_in_use != sum(tensor.state is TensorState.COMPUTE for tensor in self.tensors):
             raise RuntimeError(f"chunk {self.index}: {self._num_in_use} tensors in use were counted")
         for tensor in self.tensors:
@@ -484,15 +484,3 @@ class Chunk(Holdings):
             bound = tensor.address == self.view_of(tensor).data_ptr() if self._views else False
             if tensor.state in _READABLE and not bound and not tensor.is_shown:
                 raise RuntimeError(f"chunk {self.index}: {tensor.name} does not point into its chunk")
-
-
-def _view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
-    """The entry's view of a 1-D buffer, with the strides the user's parameter had."""
-    return flat.as_strided(entry.spec.shape, entry.spec.stride, flat.storage_offset() + entry.offset)
-
-
-def _poison(dtype: torch.dtype) -> float | int | bool:
-    """What a placeholder is filled with, so that a computation with it cannot go unnoticed."""
-    if dtype.is_floating_point:
-        return float("nan")
-    return True if dtype is torch.bool else torch.iinfo(dtype).max

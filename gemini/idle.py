@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from gemini.chunk import ChunkTensor
 from gemini.device import Device
 from gemini.segment import MASTER
+from gemini.tensor import ChunkTensor
 
 
 class IdleReads:
@@ -44,6 +44,7 @@ class IdleReads:
         if tensor in self._shown:
             return
         if tensor.chunk.resident:
+            tensor.chunk.before_change()  # the user may write where it lies
             self._device.synchronize()
         else:
             tensor.bound = self.copy(tensor)

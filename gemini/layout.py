@@ -134,3 +134,15 @@ def _place(specs: Sequence[ParameterSpec]) -> tuple[Entry, ...]:
         entries.append(Entry(spec, offset))
         offset += spec.numel
     return tuple(entries)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in some order of dimensions."""
+    expected = 1
+    for length, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if length == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= length
+    return True

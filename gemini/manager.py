@@ -21,7 +21,7 @@ from enum import Enum
 import torch
 
 from gemini import gradients
-from gemini.chunk import Chunk, ChunkTensor
+from gemini.chunk import Chunk
 from gemini.device import Device
 from gemini.idle import IdleReads
 from gemini.integrity import check_chunks
@@ -29,6 +29,7 @@ from gemini.plan import Plan
 from gemini.recorder import MomentListener, Recorder
 from gemini.state import Move, TensorState
 from gemini.store import Kind, Store, Tier
+from gemini.tensor import ChunkTensor
 from gemini.timeline import choose_victim
 from gemini.trace import Moment, NextUse, Trace
 from gemini.transfer import Transfer
@@ -94,6 +95,8 @@ class Manager:
         self._current_unit: str | None = None
         self._eager = True
         self._gathered: dict[int, Chunk] = {}
+        self._num_passes = self._num_borders = 0
+        self.num_gradients = 0
         self.all_shown = False
         # PyTorch keeps one Python object per storage while the storage lives, so its id names a buffer.
         self._chunk_by_storage: dict[int, Chunk] = {}
@@ -137,6 +140,16 @@ class Manager:
         if self._eager:
             self._release_all()
         self.recorder.begin_pass(batch_shape, active=training)
+        self._num_passes += 1
+
+    @property
+    def clock(self) -> int:
+        """How far this step has come: passes and borders between units. Grows until :meth:`start_clock`."""
+        return self._num_passes << 32 | self._num_borders
+
+    def start_clock(self) -> None:
+        """A new step begins."""
+        self._num_passes = self._num_borders = 0
 
     def end_forward_pass(self) -> None:
         """The root module's forward has ended; without gradients the pass is over."""
@@ -316,6 +329,7 @@ class Manager:
 
     def take_gradient(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
         """A parameter's gradient of this backward pass is complete."""
+        self.num_gradients += 1
         chunk = tensor.chunk
         if not chunk.takes_slots or tensor.state is TensorState.READY_FOR_REDUCE:
             with self.device.bookkeeping():
@@ -405,10 +419,12 @@ class Manager:
         self._release_all()
 
     def drop_gradients(self) -> None:
-        """After gradients were forgotten: their host memory goes, as with torch's ``zero_grad``.
+        """All gradients are forgotten: their host memory goes, as with torch's ``zero_grad``.
 
         Pinned memory stays for the next step: to pin it anew would cost more than it holds.
         """
+        for chunk in self.chunks:
+            chunk.has_sums = False
         if not self.store.host.pinned_bytes:
             for chunk in self.chunks:
                 gradients.drop(chunk.segments, self.store)
@@ -436,6 +452,7 @@ class Manager:
 
     def begin_moment(self, label: str, phase: str) -> None:
         """A border of the pass: closes the running moment, opens the next, makes room for what it will need."""
+        self._num_borders += 1
         if not self.training_pass:
             self._give_way()
             return

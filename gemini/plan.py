@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gemini.exchange import Shard
 from gemini.layout import ChunkLayout
 from gemini.segment import Placement
 
@@ -17,6 +18,7 @@ class ChunkFacts:
 
     index: int
     numel: int
+    """Elements that this process owns."""
     value_itemsize: int
     """Bytes per element of the values."""
     companion_bytes_per_numel: int
@@ -24,6 +26,8 @@ class ChunkFacts:
     unit_name: str
     gradient_itemsize: int = 0
     """Bytes per element of the gradient alone (part of ``companion_bytes_per_numel``)."""
+    others_numel: int = 0
+    """Elements of a gathered copy that other processes own."""
 
     @property
     def master_itemsize(self) -> int:
@@ -32,8 +36,13 @@ class ChunkFacts:
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of the values, and of a gathered copy."""
+        """Bytes of the values that this process owns."""
         return self.numel * self.value_itemsize
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of a gathered copy."""
+        return (self.numel + self.others_numel) * self.value_itemsize
 
     @property
     def companion_bytes(self) -> int:
@@ -41,20 +50,26 @@ class ChunkFacts:
         return self.numel * self.companion_bytes_per_numel
 
 
-def chunk_facts(layout: ChunkLayout, state_bytes_per_numel: int, gradient_itemsize: int) -> ChunkFacts:
+def chunk_facts(layout: ChunkLayout, shard: Shard, state_bytes_per_numel: int, gradient_itemsize: int) -> ChunkFacts:
     """Facts of a chunk.
 
     Args:
         layout: the chunk.
+        shard: what this process owns of it.
         state_bytes_per_numel: bytes of the optimizer's states per element (8 for Adam).
         gradient_itemsize: bytes per element of the gradient buffer (the dtype's own, 4 with accumulation).
     """
-    if not layout.trainable:
-        return ChunkFacts(layout.index, layout.numel, layout.dtype.itemsize, 0, layout.unit_name)
-    master_itemsize = 0 if layout.dtype.itemsize == 4 else 4
-    companions = master_itemsize + state_bytes_per_numel + gradient_itemsize
+    itemsize, companions = layout.dtype.itemsize, 0
+    if layout.trainable:
+        companions = (0 if itemsize == 4 else 4) + state_bytes_per_numel + gradient_itemsize
     return ChunkFacts(
-        layout.index, layout.numel, layout.dtype.itemsize, companions, layout.unit_name, gradient_itemsize
+        layout.index,
+        shard.numel,
+        itemsize,
+        companions,
+        layout.unit_name,
+        gradient_itemsize if layout.trainable else 0,
+        shard.gathered_numel - shard.numel,
     )
 
 

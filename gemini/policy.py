@@ -117,7 +117,7 @@ def does_not_fit(facts: list[ChunkFacts], plan: Plan, trace: Trace, capacity_byt
         rows.append(("activations and temporaries", "device", worst.non_model_peak_bytes, note))
     else:
         gathered = [f for f, p in zip(facts, plan.placements, strict=True) if not used_in_place(f, p)]
-        note = max(gathered, key=lambda fact: fact.value_bytes).unit_name if gathered else "all parameters stay"
+        note = max(gathered, key=lambda fact: fact.gathered_bytes).unit_name if gathered else "all parameters stay"
         rows.append(("largest chunk", "device", largest_gathered_bytes(facts, plan.placements), note))
     known_bytes = max(sum(num_bytes for _, _, num_bytes, _ in rows), required_bytes(facts, plan.placements, trace))
     need_bytes = max(known_bytes, capacity_bytes + 1)  # a pass that broke off has not seen all that it needs

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from gemini.chunk import Chunk, ChunkTensor
+from gemini.chunk import Chunk
 from gemini.store import Kind, Store, Tier
+from gemini.tensor import ChunkTensor
 from gemini.trace import Moment, Trace
 
 _START = "<start>"

@@ -92,24 +92,25 @@ class Segment:
 
 @dataclass(frozen=True)
 class Placement:
-    """How many leading elements of a chunk keep values, and how many keep companions, on the device."""
+    """How many leading elements of what is owned of a chunk keep values, and how many companions, on the device."""
 
     resident_numel: int = 0
     companion_numel: int = 0
 
-    def bounds(self, numel: int) -> list[tuple[int, int, Tier, Tier]]:
-        """``(start, stop, value tier, companion tier)`` of each segment, in order.
+    def bounds(self, first: int, last: int) -> list[tuple[int, int, Tier, Tier]]:
+        """``(start, stop, value tier, companion tier)`` of each segment of elements ``[first, last)``, in order.
 
         Raises:
-            ValueError: the chunk has fewer elements than are to be placed.
+            ValueError: there are fewer elements than are to be placed.
         """
+        numel = last - first
         if not (0 <= self.resident_numel <= numel and 0 <= self.companion_numel <= numel):
-            raise ValueError(f"{self} cannot be had in a chunk of {numel} elements")
+            raise ValueError(f"{self} cannot be had of {numel} elements")
         cuts = sorted({0, self.resident_numel, self.companion_numel, numel})
         return [
             (
-                start,
-                stop,
+                first + start,
+                first + stop,
                 Tier.DEVICE if stop <= self.resident_numel else Tier.HOST,
                 Tier.DEVICE if stop <= self.companion_numel else Tier.HOST,
             )
@@ -138,7 +139,7 @@ def device_bytes_at(segments: Sequence[Segment], placement: Placement) -> int:
     return sum(_device_bytes(segments, placement, key) for key in _keys(segments))
 
 
-def rebuild(old: list[Segment], placement: Placement, numel: int, store: Store) -> list[Segment]:
+def rebuild(old: list[Segment], placement: Placement, store: Store) -> list[Segment]:
     """Moves a chunk's elements to a new placement, buffer by buffer, so at most one buffer exists twice at a time.
 
     Exact: values, master, states and pending gradients arrive bit for bit. What leaves the device goes first: it never
@@ -148,7 +149,7 @@ def rebuild(old: list[Segment], placement: Placement, numel: int, store: Store) 
         torch.OutOfMemoryError: the device has no room; ``old`` is then what it was.
         HostMemoryError: the host has no room; likewise.
     """
-    bounds = placement.bounds(numel)
+    bounds = placement.bounds(old[0].start, old[-1].stop)
     if [(s.start, s.stop, s.value_tier, s.companion_tier) for s in old] == bounds:
         return old
     new = [Segment(*bound, values=_NOTHING) for bound in bounds]
@@ -159,11 +160,11 @@ def rebuild(old: list[Segment], placement: Placement, numel: int, store: Store) 
     moved: list[str] = []
     try:
         for key in sorted(holders, key=lambda k: growth[k]):
-            _carry(key, holders[key], new, numel, store, joint)
+            _carry(key, holders[key], new, store, joint)
             moved.append(key)
     except Exception:
         for key in reversed(moved):
-            _carry(key, new, holders[key], numel, store, joint)
+            _carry(key, new, holders[key], store, joint)
         raise
     return new
 
@@ -202,18 +203,19 @@ def _has(segment: Segment, key: str) -> bool:
     return key == _VALUES or key in segment.companions
 
 
-def _carry(key: str, old: list[Segment], new: list[Segment], numel: int, store: Store, joint: bool) -> None:
+def _carry(key: str, old: list[Segment], new: list[Segment], store: Store, joint: bool) -> None:
     """Moves one buffer from old segments to new ones through host memory; if that fails, puts it back."""
-    whole = torch.zeros(numel, dtype=_widest(old, key))
+    first, last = min(old[0].start, new[0].start), max(old[-1].stop, new[-1].stop)
+    whole = torch.zeros(last - first, dtype=_widest(old, key))
     for segment in old:
-        whole[segment.start : segment.stop].copy_(_source(segment, key, joint))
+        whole[segment.start - first : segment.stop - first].copy_(_source(segment, key, joint))
         _free(segment, key, store, joint)
     try:
-        _fill(key, new, whole, store, joint)
+        _fill(key, new, whole, first, store, joint)
     except Exception:
         for segment in new:
             _free(segment, key, store, joint)
-        _fill(key, old, whole, store, joint)
+        _fill(key, old, whole, first, store, joint)
         raise
 
 
@@ -223,9 +225,9 @@ def _source(segment: Segment, key: str, joint: bool) -> torch.Tensor:
     return segment.companions.get(MASTER, segment.values) if joint else segment.values
 
 
-def _fill(key: str, segments: list[Segment], whole: torch.Tensor, store: Store, joint: bool) -> None:
+def _fill(key: str, segments: list[Segment], whole: torch.Tensor, first: int, store: Store, joint: bool) -> None:
     for segment in segments:
-        inside = whole[segment.start : segment.stop]
+        inside = whole[segment.start - first : segment.stop - first]
         if key != _VALUES:
             segment.companion(store, key, whole.dtype).copy_(inside)
             continue

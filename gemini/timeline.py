@@ -70,17 +70,24 @@ def transient_bytes(
 
 def largest_gathered_bytes(facts: list[ChunkFacts], placements: list[Placement]) -> int:
     """Bytes of the largest chunk that must be gathered to be read."""
-    return max((f.value_bytes for f, p in zip(facts, placements, strict=True) if not used_in_place(f, p)), default=0)
+    return max((f.gathered_bytes for f, p in zip(facts, placements, strict=True) if not used_in_place(f, p)), default=0)
 
 
 def used_in_place(fact: ChunkFacts, placement: Placement) -> bool:
-    """Whether the chunk is used where it lies. Companions cut in two cut the values too: they must then be gathered."""
-    return placement.resident_numel >= fact.numel and placement.companion_numel in (0, fact.numel)
+    """Whether the chunk is used where it lies. Companions cut in two cut the values too: they must then be gathered.
+
+    So must values of which others own a part.
+    """
+    return (
+        not fact.others_numel
+        and placement.resident_numel >= fact.numel
+        and placement.companion_numel in (0, fact.numel)
+    )
 
 
 def needed_bytes(facts: list[ChunkFacts], placements: list[Placement], trace: Trace) -> list[int]:
     """Bytes beside what stays that each moment cannot do without."""
-    gathered_bytes = [0 if used_in_place(f, p) else f.value_bytes for f, p in zip(facts, placements, strict=True)]
+    gathered_bytes = [0 if used_in_place(f, p) else f.gathered_bytes for f, p in zip(facts, placements, strict=True)]
     were_resident = set(trace.resident)
     needs = []
     for moment in trace.moments:
@@ -117,15 +124,15 @@ def replay(
     next_use = next_use or NextUse(trace)
     persistent = sum(persistent_bytes(facts, placements))
     needs = needed_bytes(facts, placements, trace)
-    held_numel = [0 if used_in_place(f, p) else f.numel for f, p in zip(facts, placements, strict=True)]
-    gathered = _Gathered([n * f.value_itemsize for n, f in zip(held_numel, facts, strict=True)], next_use)
+    held_bytes = [0 if used_in_place(f, p) else f.gathered_bytes for f, p in zip(facts, placements, strict=True)]
+    gathered = _Gathered(held_bytes, next_use)
     peak = persistent
     for position, moment in enumerate(trace.moments):
         room_bytes = capacity_bytes - persistent - moment.reserve_bytes
         gathered.enter(position, moment, room_bytes)
         # Where not even what the moment reads fits beside the reserve, it is held in turn.
-        held_bytes = min(gathered.num_bytes, max(0, room_bytes))
-        peak = max(peak, persistent + max(needs[position], held_bytes + moment.non_model_peak_bytes))
+        beside_bytes = min(gathered.num_bytes, max(0, room_bytes))
+        peak = max(peak, persistent + max(needs[position], beside_bytes + moment.non_model_peak_bytes))
         gathered.leave(moment)
     if any(placement.companion_numel for placement in placements):
         peak = max(peak, persistent + trace.step_peak_bytes)

@@ -6,7 +6,8 @@ A *moment* is one stretch of a pass between two borders: a unit's forward starts
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 EVALUATION = "evaluation"
 """Phase of a moment that stands for a whole pass without gradients, in a dry run."""
@@ -65,6 +66,20 @@ class Trace:
     """Highest temporaries of an optimizer step on the device."""
     resident: list[int] = field(default_factory=list)
     """Chunks that needed no gathered copy in this pass, so that the moments' bytes do not count them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers, texts, lists and dictionaries only."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Trace:
+        """What :meth:`to_json` gave.
+
+        Raises:
+            TypeError, KeyError: it did not.
+        """
+        moments = [Moment(**moment) for moment in value["moments"]]
+        return cls(**{**value, "moments": moments, "batch_shapes": [tuple(shape) for shape in value["batch_shapes"]]})
 
     @property
     def non_model_peak_bytes(self) -> int:

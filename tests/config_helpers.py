@@ -52,6 +52,6 @@ GOOD: dict[str, Any] = {
         "resume_from_checkpoint": True,
     },
     "model": {"name_or_path": 'a"b\\c\n\x7f', "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
-    "data": {"train_files": ["a.txt", "b.jsonl"], "validation_file": "c.csv", "packing": False},
+    "data": {"train_files": ["a.txt", "b.jsonl"], "validation_file": "c.csv", "packing": False, "streaming": True},
     "parallel": {"data": 2, "pipeline": 2, "tensor": {"mode": "2.5d", "depth": 1, "size": 4}},
 }

@@ -76,6 +76,7 @@ def config(train: Any, *, batch: int = 4, seed: int = 0, **data: Any) -> Any:
         "eval_fraction": 0.05,
         "max_samples": None,
         "shuffle": True,
+        "shuffle_buffer": 1000,
         "on_error": "raise",
         "streaming": False,
         "num_workers": 0,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from gemini.arena import HostArena
-from gemini.chunk import Chunk, ChunkTensor
+from gemini.chunk import Chunk
+from gemini.exchange import ALONE
 from gemini.layout import ChunkLayout, ParameterSpec, UnitSpec, build_layout
 from gemini.manager import Manager
 from gemini.plan import ChunkFacts, chunk_facts
@@ -15,6 +16,7 @@ from gemini.segment import Placement
 from gemini.simulated import SimulatedDevice, StreamOrder
 from gemini.state import TensorState
 from gemini.store import Store
+from gemini.tensor import ChunkTensor
 from gemini.trace import Moment, Trace
 from gemini.transfer import Transfer
 
@@ -44,7 +46,7 @@ class House:
     @property
     def facts(self) -> list[ChunkFacts]:
         """What a policy is told of the chunks, with Adam's states and gradients in the values' dtype."""
-        return [chunk_facts(layout, ADAM_BYTES, layout.dtype.itemsize) for layout in self.layouts]
+        return [chunk_facts(layout, ALONE.shard(layout), ADAM_BYTES, layout.dtype.itemsize) for layout in self.layouts]
 
 
 def spec(name: str, *shape: int, dtype: torch.dtype = torch.float32, trainable: bool = True) -> ParameterSpec:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 from memory_case import ADAM_BYTES, House, gradient_like
 
-from gemini.chunk import ChunkTensor
 from gemini.plan import Plan
+from gemini.tensor import ChunkTensor
 
 ALIGN_BYTES = 4
 

@@ -284,28 +284,6 @@ def test_trace_is_taken_over_only_where_it_is_true(tmp_path: Path) -> None:
 # -- settings that changed -------------------------------------------------------------------------------------------
 
 
-def test_changed_hyperparameters_are_listed(tmp_path: Path) -> None:
-    """The checkpoint's are restored, or this run's obeyed where asked; either way each is named."""
-    first = _begin(Setting(lr=1e-3)).run(BATCHES[:3])
-    first.save(tmp_path)
-    changed = Setting(lr=5e-4, train={"max_grad_norm": 0.3})
-    second = Trainer(changed)
-    warnings = "\n".join(second.load(tmp_path).warnings)
-    assert "lr is 0.001 in the checkpoint and 0.0005 in this run; the checkpoint's" in warnings
-    assert "train.max_grad_norm was None and is 0.3 now; this run's" in warnings
-    assert second.engine.optimizer.param_groups[0]["lr"] == first.engine.optimizer.param_groups[0]["lr"]
-
-    third = Trainer(changed)
-    third.engine.optimizer.param_groups[0]["betas"] = (0.8, 0.9)
-    warnings = "\n".join(third.load(tmp_path, obey_config=True).warnings)
-    assert "betas is (0.9, 0.999) in the checkpoint and (0.8, 0.9) in this run; this run's" in warnings
-    group = third.engine.optimizer.param_groups[0]
-    assert group["betas"] == (0.8, 0.9)
-    assert group["lr"] == pytest.approx(5e-4 / 4)
-    third.run(BATCHES[3:4])
-    assert group["lr"] == pytest.approx(5e-4 / 5)  # the schedule goes on from the new rate
-
-
 def test_unchanged_hyperparameters_are_not_mentioned(tmp_path: Path) -> None:
     first = _begin(Setting()).run(BATCHES[:1])
     first.save(tmp_path)
@@ -315,7 +293,7 @@ def test_unchanged_hyperparameters_are_not_mentioned(tmp_path: Path) -> None:
 def test_tensor_rates_are_restored() -> None:
     """A learning rate may be a tensor."""
     mine = [{"lr": torch.tensor(0.5), "fused": True}]
-    notes = restore_groups(mine, [{"lr": torch.tensor(0.25), "fused": None, "new": 3}], obey_config=False)
+    notes = restore_groups(mine, [{"lr": torch.tensor(0.25), "fused": None, "new": 3}], obey=False)
     assert (mine[0]["lr"].item(), mine[0]["fused"], mine[0]["new"], len(notes)) == (0.25, True, 3, 1)
 
 

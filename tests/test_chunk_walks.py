@@ -9,7 +9,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from memory_case import ADAM_BYTES, ROOMY_BYTES, build, close, gradient_like, spec
 from pass_case import Driver, Pass, fill_states, passes
 
-from gemini.chunk import ChunkTensor
 from gemini.manager import Phase
 from gemini.plan import Plan, offload_all
 from gemini.policy import Policy, least_capacity_bytes
@@ -17,6 +16,7 @@ from gemini.segment import GRADIENT, MASTER, Placement
 from gemini.simulated import StreamOrder
 from gemini.state import Move, TensorState
 from gemini.store import Kind, Tier
+from gemini.tensor import ChunkTensor
 
 S = TensorState
 

@@ -176,13 +176,13 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "fragments"),
         [
-            (("--nprocs", "2"), ("--nprocs 2", "one process")),
-            (("-nprocs", "2"), ("--nprocs 2", "one process")),
+            (("--nprocs", "0"), ("--nprocs", "0", "at least 1")),
+            (("-nprocs", "1000"), ("--nprocs 1000", "usable core")),
             (("--nprocs", "two"), ("--nprocs", "two")),
             (("--nproc", "1"), ("--nproc: no such option", "did you mean --nprocs?")),
             (("--train.max_step", "1"), ("did you mean train.max_steps?",)),
             (("--lr", "1e-4"), ("--optimizer.lr",)),
-            (("--parallel.data", "2"), ("one process",)),
+            (("--parallel.data", "2"), ("parallel asks for data 2", "start 2 ranks")),
             (("more.toml",), ("more.toml",)),
             (("--train.report_to", "wandb,x"), ("train.report_to",)),
             (("--train.resume_from_checkpoint", "no/such/folder"), ("no/such/folder",)),
@@ -444,5 +444,5 @@ class TestRun:
     def test_what_is_refused(self, tmp_path: Path, capsys: Output) -> None:
         refused(main(["run", "no/such/script.py"]), capsys, "no/such/script.py: no such file")
         script = self.script(tmp_path, "raise AssertionError('must not run')")
-        refused(main(["run", script, "--nprocs", "2"]), capsys, "one process")
+        refused(main(["run", script, "--nprocs", "0"]), capsys, "--nprocs", "at least 1")
         refused(main(["run", script, "--config", "none.toml"]), capsys, "none.toml", "no such file")

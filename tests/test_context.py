@@ -11,8 +11,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test asks the network
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +38,7 @@ from tests.context_models import (
     through_an_engine,
 )
 from zero.errors import UserError
+from zero.pending import PendingTensor
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -268,6 +267,17 @@ def test_pickles_that_are_asked_for_are_loaded_whole(tmp_path: Path, caplog: pyt
         "OPTForCausalLM is loaded whole by transformers: use_safetensors=False asks for its pickled weights"
     ]
     assert_same(plain, streamed)
+
+
+def test_initialize_loads_no_parameter_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes straight into its chunk: one that is loaded first would be a second copy of the model."""
+    save("opt, tied", tmp_path)
+    with zero.ZeroInitContext():
+        model = OPTForCausalLM.from_pretrained(tmp_path)
+    loaded: list[str] = []
+    monkeypatch.setattr(PendingTensor, "load", lambda self: loaded.append(repr(self)))
+    zero.initialize(model, torch.optim.AdamW(model.parameters()), config={"device": {"type": "cpu"}})
+    assert not loaded
 
 
 def test_a_state_dict_is_loaded_whole(caplog: pytest.LogCaptureFixture) -> None:

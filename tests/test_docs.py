@@ -18,6 +18,7 @@ import torch
 from cli_case import train
 from torch.utils.data import DataLoader
 
+from gemini.exchange import ALONE
 from gemini.layout import ParameterSpec, UnitSpec, build_layout
 from gemini.plan import chunk_facts
 from zero.cli.main import main
@@ -126,7 +127,9 @@ def _bytes_per_parameter(config: Any) -> int:
     [layout] = build_layout([UnitSpec("unit", (spec,))], 2**20)
     assert (config.precision.dtype, config.optimizer.name) == ("bf16", "adamw")
     gradient_itemsize = 2 if config.train.gradient_accumulation_steps == 1 else 4
-    return layout.dtype.itemsize + chunk_facts(layout, 8, gradient_itemsize).companion_bytes_per_numel
+    return (
+        layout.dtype.itemsize + chunk_facts(layout, ALONE.shard(layout), 8, gradient_itemsize).companion_bytes_per_numel
+    )
 
 
 class TestExamples:

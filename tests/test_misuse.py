@@ -55,25 +55,23 @@ def backward_fails_in_gradient_hook(play: Play) -> None:
     handle.remove()
 
 
-def forward_fails(play: Play) -> None:
-    handle = play.model.blocks[1].register_forward_pre_hook(_fail)
-    with contextlib.suppress(_UsersError):
-        play.loss(5)
+def _breaks_off(play: Play, register: str, hook: Callable[..., None], run: Act) -> None:
+    handle = getattr(play.model.blocks[1], register)(hook)
+    with contextlib.suppress(_UsersError, KeyboardInterrupt):
+        run(play)
     handle.remove()
+
+
+def forward_fails(play: Play) -> None:
+    _breaks_off(play, "register_forward_pre_hook", _fail, lambda play: play.loss(5))
 
 
 def ctrl_c_in_forward(play: Play) -> None:
-    handle = play.model.blocks[1].register_forward_pre_hook(_press_ctrl_c)
-    with contextlib.suppress(KeyboardInterrupt):
-        play.model(inputs(5))
-    handle.remove()
+    _breaks_off(play, "register_forward_pre_hook", _press_ctrl_c, lambda play: play.model(inputs(5)))
 
 
 def ctrl_c_in_evaluation(play: Play) -> None:
-    handle = play.model.blocks[1].register_forward_hook(_press_ctrl_c)
-    with contextlib.suppress(KeyboardInterrupt):
-        play.eval(5)
-    handle.remove()
+    _breaks_off(play, "register_forward_hook", _press_ctrl_c, lambda play: play.eval(5))
 
 
 def forward_dropped(play: Play) -> None:

@@ -151,7 +151,7 @@ def test_a_state_that_some_segments_lack_starts_from_zero() -> None:
 def test_a_placement_larger_than_the_chunk_is_refused(wrong: Placement) -> None:
     house, chunk = _trained(torch.float32)
     before = _contents(chunk)
-    with pytest.raises(ValueError, match="cannot be had in a chunk of 12 elements"):
+    with pytest.raises(ValueError, match="cannot be had of 12 elements"):
         chunk.place(wrong)
     _assert_same(before, _contents(chunk))
     close(house)

@@ -14,21 +14,27 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from gemini.chunk import ChunkTensor
 from gemini.manager import Manager, Phase
+from gemini.tensor import ChunkTensor
 
 
 @dataclass(frozen=True)
-class SavedValues:
-    """What autograd keeps in place of a parameter, or a view of it, that the user's own code computed with."""
+class SavedNote:
+    """What autograd keeps in place of a parameter or a view of it."""
 
     tensor: ChunkTensor
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
-    """In elements from the parameter's first."""
+    """Of the view's first element; from where is for the kind of note to say."""
     version: int
     """How often the user had written the parameter in place."""
+
+
+@dataclass(frozen=True)
+class SavedValues(SavedNote):
+    """Of a parameter that the user's own code computed with; ``offset`` is in elements from the parameter's first."""
+
     step: int
     """Of the chunk: how often it had been updated."""
 

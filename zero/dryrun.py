@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gemini.dryrun import DryArena, DryDevice, fake_copy, fake_mode
+from gemini.exchange import ALONE, Exchange
 from gemini.trace import EVALUATION, Moment, Trace
 from zero.config.loading import load_config
 from zero.config.schema import Config
@@ -44,7 +45,12 @@ def models_own_code() -> Iterator[None]:
 
 
 def walk(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, config: Config, args: Any, kwargs: Any
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    config: Config,
+    args: Any,
+    kwargs: Any,
+    exchange: Exchange = ALONE,
 ) -> tuple[Trace, Engine]:
     """Forward and backward of one micro-batch, everything offloaded. Call it inside the fake mode.
 
@@ -54,6 +60,7 @@ def walk(
         config: of the run; its policy does not matter here.
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
+        exchange: how chunks are divided.
 
     Returns:
         The trace, and the engine that made it.
@@ -67,7 +74,7 @@ def walk(
     if config.memory.policy == "static":  # its fractions belong to no other policy
         memory |= {"policy": "static", "resident_parameters": 0.0, "resident_optimizer": 0.0}
     offloaded = load_config(config, {"memory": memory})
-    engine = Engine(model, optimizer, None, offloaded, DryDevice(), None, arena=DryArena)
+    engine = Engine(model, optimizer, None, offloaded, DryDevice(), None, arena=DryArena, exchange=exchange)
     with models_own_code():
         engine.backward(_some_loss(engine(*args, **kwargs)))  # nothing but the loss outlives the forward, as in a loop
     if engine.manager.trace is None:
@@ -128,15 +135,15 @@ class Blueprint:
         except Exception as error:  # a model may hold anything; without a copy the question stays open
             logger.debug("no blueprint of this model: %s", error)
 
-    def trace(self, config: Config, args: Any, kwargs: Any) -> Trace | None:
+    def trace(self, config: Config, args: Any, kwargs: Any, exchange: Exchange = ALONE) -> Trace | None:
         """The trace of a training pass over a batch of these shapes; None where it cannot be told."""
         model, self._model = self._model, None  # the walk takes the copy over, so it serves once
         if model is None:
             return None
-        fake = pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, (args, kwargs))
+        fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, (args, kwargs))
         try:
             with self._mode:
-                return walk(model, None, config, *fake)[0]
+                return walk(model, None, config, fake_args, fake_kwargs, exchange)[0]
         except Exception as error:  # only advice is lost, and the refusal that asks for it must come out
             logger.debug("the blueprint cannot be walked through: %s", error)
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,30 +14,30 @@ import torch
 from torch import nn
 
 from gemini.arena import HostArena
-from gemini.chunk import ChunkTensor
 from gemini.device import Device
-from gemini.manager import Manager, Phase
+from gemini.exchange import ALONE, Exchange
+from gemini.manager import Phase
 from gemini.plan import Plan
-from gemini.policy import does_not_fit
-from gemini.segment import MASTER
 from gemini.store import Tier
-from gemini.trace import Trace
+from gemini.tensor import ChunkTensor
 from zero import checkpoint, export
+from zero.agreement import make_agreement
 from zero.config.schema import Config
 from zero.dryrun import Blueprint
 from zero.errors import UserError
+from zero.gathered import gathered
 from zero.gradient import forget_gradient, settle_gradient, unmanage, zero_gradient
 from zero.guard import CastGuard
 from zero.hooks import ModelHooks
-from zero.memory_report import MemoryReport
+from zero.memory_report import MemoryReport, report_of
 from zero.optim.chunked import ZeroOptimizer, require_ours
 from zero.optim.elementwise import state_bytes_per_numel, temporary_bytes_per_numel
 from zero.optim.native import NativeKernel
 from zero.optim.update import ChunkUpdater, device_piece_numel, step_bytes
 from zero.passes import PassPlanner
-from zero.precision import LossScaler, clip_coefficient, gradient_statistics, require_loss
+from zero.precision import clip_coefficient, require_loss
 from zero.rerun import BufferWatch, StartingPoint
-from zero.setup import Managed, make_policy, take_over
+from zero.setup import Managed, make_policy, make_scaler, take_over
 
 logger = logging.getLogger("zero")
 
@@ -56,6 +57,8 @@ class Engine:
         run_id: names the run; a resumed run takes over its checkpoint's.
         module: the user's model; calling it, ``loss.backward()`` and ``optimizer.step()`` work as ever.
         optimizer: a ``torch.optim.Optimizer`` to the eye; None if none was given.
+        exchange: with the other ranks.
+        max_grad_norm: gradients are scaled down to this norm; None for no clipping.
         criterion: the user's, unchanged.
         grad_norm: global 2-norm of the last step's gradients before clipping; None before the first step.
         num_steps: optimizer steps taken, skipped ones not counted.
@@ -74,6 +77,7 @@ class Engine:
         kernel: NativeKernel | None,
         arena: type[HostArena] = HostArena,
         blueprint: Blueprint | None = None,
+        exchange: Exchange = ALONE,
     ) -> None:
         self.module = model
         self.criterion = criterion
@@ -81,28 +85,33 @@ class Engine:
         self.device = device
         self.run_id = uuid.uuid4().hex
         self.grad_norm: float | None = None
+        self.max_grad_norm = config.train.max_grad_norm
         self.num_steps = 0
         self.num_skipped_steps = 0
         self.skipped_last_step = False
         self.last_step_peak_bytes = 0
-        self.scaler = _make_scaler(config)
+        self.scaler = make_scaler(config)
         # What the gradients of this window have been multiplied by: a user's own loss.backward() scales nothing.
         self._applied_scale = 1.0
         self._accumulation = config.train.gradient_accumulation_steps
         self._micro_step = 0
         self._at_loader_end = False
         self._closed = False
+        self._keeps_values = True
         self._blueprint = blueprint
         self._last_batch: tuple[Any, Any] = ((), {})
-        self._host = arena(device, config.memory.pin, config.memory.host)
+        self.exchange = exchange
+        self._saves = checkpoint.BackgroundSaves()
+        budget_bytes = config.memory.host // exchange.num_local if config.memory.host else None
+        self._host = arena(device, config.memory.pin, budget_bytes)
         if optimizer is not None:
             require_ours(optimizer, model)  # before anything is touched
         state_bytes = state_bytes_per_numel(optimizer) if optimizer is not None else 0
-        managed = take_over(model, config, device, state_bytes, self._accumulation > 1, self._host)
+        managed = take_over(model, config, device, state_bytes, self._accumulation > 1, self._host, exchange)
         self.optimizer: ZeroOptimizer | None = None
         self.manager = managed.manager
         with contextlib.ExitStack() as undo:  # a refusal leaves model and optimizer as they were
-            self._take_charge(managed, optimizer, kernel, undo)
+            self._take_charge(managed, optimizer, kernel, exchange, undo)
             self._undo = undo.pop_all()
         self._last_counters = (self.manager.counters, 0, 0)
 
@@ -111,6 +120,7 @@ class Engine:
         managed: Managed,
         optimizer: torch.optim.Optimizer | None,
         kernel: NativeKernel | None,
+        exchange: Exchange,
         undo: contextlib.ExitStack,
     ) -> None:
         """Hooks, optimizer and first plan; ``undo`` learns how to take each back, last first."""
@@ -121,6 +131,8 @@ class Engine:
         self._tensors = managed.tensors
         self.facts = managed.facts
         self._ordered = [managed.tensors.get(id(p), p) for p in self.module.parameters()]
+        self._agreement = make_agreement(self._ordered, self.manager, exchange)
+        self._agreement.begin(self.device)
         self._hooks = ModelHooks(
             self.module,
             managed.units,
@@ -139,6 +151,7 @@ class Engine:
             undo.callback(self.optimizer.release)
         self.manager.apply(policy.initial(self.facts, self.device.capacity_bytes))
         self._buffers = BufferWatch(self.module)
+        undo.callback(self._saves.wait)  # first of all: a save that still runs reads the chunks
 
     def _make_updater(self, optimizer: torch.optim.Optimizer, kernel: NativeKernel | None) -> ChunkUpdater:
         capacity_bytes = self.device.capacity_bytes
@@ -157,6 +170,7 @@ class Engine:
         """
         self._require_placed()
         self._last_batch = (args, kwargs)
+        self._doing("forward")
         start = StartingPoint(self._buffers, self.device.torch_device) if self._planner.may_offload else None
         try:
             return self._forward(args, kwargs)
@@ -186,6 +200,7 @@ class Engine:
             scale_by_accumulation: False when the caller has weighted the micro-batches already.
         """
         self._require_placed()
+        self._doing("backward")
         require_loss(loss)
         if scale_by_accumulation and self._accumulation > 1:
             loss = loss / self._accumulation
@@ -223,9 +238,13 @@ class Engine:
             return
         self._micro_step = 0
         self._at_loader_end = False
+        self._doing("the update")
+        self._agreement.meet("step()")
+        self.manager.start_clock()
         self.optimizer.call_step_hooks(before=True)
         self.optimizer.settle()
         self.manager.release_stale()
+        self._applied_scale = self._agreement.settle_gradients(self._applied_scale)
         for tensor in self._tensors.values():
             settle_gradient(tensor)
             if tensor.parameter.requires_grad and not tensor.chunk.layout.trainable:
@@ -233,20 +252,36 @@ class Engine:
                     f"parameter {tensor.name} began to require gradients after zero.initialize(), which took it over as "
                     "frozen; close() the engine and initialize again"
                 )
+        self._agreement.share_plans(self._planner)
         inverse_scale = 1.0 / self._applied_scale
-        statistics = gradient_statistics(self._ordered, inverse_scale)
+        statistics = self._agreement.statistics(inverse_scale)
         self.grad_norm = statistics.norm
-        self.skipped_last_step = not statistics.finite
-        if statistics.finite:
-            self._update(inverse_scale * clip_coefficient(statistics.norm, self.config.train.max_grad_norm))
+        # A norm beyond fp32 without an element that is: clipping makes zeros of it, squares of it would be infinite.
+        finite = statistics.finite and (math.isfinite(statistics.norm) or self.max_grad_norm is not None)
+        self.skipped_last_step = not finite
+        if finite:
+            self._update(inverse_scale * clip_coefficient(statistics.norm, self.max_grad_norm))
             self.num_steps += 1
             self.optimizer.call_step_hooks(before=False)
         else:
             self.num_skipped_steps += 1
         if self._applied_scale == self.scaler.scale:
-            self.scaler.update(overflow=not statistics.finite)
+            self.scaler.update(overflow=not finite)
         self._applied_scale = 1.0
         self.optimizer.mark_stepped()
+        self._keep_counters()
+
+    def skip_step(self) -> None:
+        """Ends the window without an update: its gradients are dropped, and it counts as skipped."""
+        self._require_placed()
+        self._agreement.meet("skip_step()")
+        self.manager.start_clock()
+        self._micro_step = 0
+        self._at_loader_end = False
+        self.zero_grad()
+        self.grad_norm, self.skipped_last_step = math.nan, True
+        self.num_skipped_steps += 1
+        self._applied_scale = 1.0
         self._keep_counters()
 
     def _update(self, factor: float) -> None:
@@ -265,7 +300,11 @@ class Engine:
             trace = self.manager.trace
             trace.step_peak_bytes = max(trace.step_peak_bytes, self.device.memory().non_model_peak_bytes)
 
+    def _doing(self, what: str) -> None:
+        self._agreement.doing(what, self.num_steps + self.num_skipped_steps + 1)
+
     def _keep_counters(self) -> None:
+        self._doing("between steps")
         self.last_step_peak_bytes = self.device.take_step_peak_bytes()
         transfer = self.manager.transfer
         self._last_counters = (self.manager.counters, transfer.h2d_bytes, transfer.d2h_bytes)
@@ -282,6 +321,8 @@ class Engine:
         if self._micro_step != 0:
             return
         self._hooks.settle_failed_pass()
+        if set_to_none:
+            self.manager.drop_gradients()
         for parameter in self._ordered:
             if not isinstance(parameter, ChunkTensor):
                 parameter.grad = None
@@ -289,8 +330,6 @@ class Engine:
                 forget_gradient(parameter)
             else:
                 zero_gradient(parameter)
-        if set_to_none:
-            self.manager.drop_gradients()
 
     def train(self, mode: bool = True) -> Engine:
         """Sets the model's mode."""
@@ -305,6 +344,17 @@ class Engine:
     def loss_scale(self) -> float:
         """The scale of the next backward pass; 1 unless the dtype is fp16."""
         return self.scaler.scale
+
+    def meet(self, what: str) -> None:
+        """Waits until all ranks have come to the same place; a process by itself goes on at once.
+
+        Whoever waits here serves the others' fetches. Call it where ranks may arrive after different numbers of
+        forward passes, and do something that all take part in.
+
+        Raises:
+            UserError: another rank has come to another place.
+        """
+        self._agreement.meet(what)
 
     def end_of_loader(self, at_end: bool = True) -> None:
         """The current micro-batch is the loader's last: its ``step()`` acts even if the window is not full."""
@@ -332,16 +382,12 @@ class Engine:
 
     def _refusal(self, error: torch.OutOfMemoryError) -> Exception:
         """An out-of-memory error of the device as a table of who needs what."""
-        moments = self.manager.pass_moments
-        trace = Trace(moments=moments)
+        trace = None
         if self._blueprint is not None and torch.is_grad_enabled():
             # The pass broke off before its worst moment: only a dry run knows how much would have been enough.
-            trace = self._blueprint.trace(self.config, *self._last_batch) or trace
-        if not trace.moments:
-            return error
-        refusal = does_not_fit(self.facts, self.plan, trace, self.device.capacity_bytes)
-        refusal.__notes__ = [str(error)]
-        return refusal
+            args, kwargs = self._last_batch
+            trace = self._blueprint.trace(self.config, args, kwargs, self.exchange.rehearsal())
+        return self._planner.refusal(error, trace)
 
     @property
     def plan(self) -> Plan:
@@ -354,55 +400,29 @@ class Engine:
     # -- looking in --------------------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        """Finishes everything pending: copies on all streams, and updates."""
+        """Finishes everything pending: copies, updates, and a save in the background, whose error it raises."""
         self.device.synchronize()
+        self._saves.wait()
 
     @contextlib.contextmanager
     def gathered_parameters(self) -> Iterator[nn.Module]:
         """Full parameters, readable and writable; what was written is taken over on exit.
 
         Inside, every parameter is a host tensor with its authoritative values (the fp32 master where there is one is
-        updated from what you write). The model cannot run, nor be updated, inside. May be nested.
+        updated from what you write). The model cannot run, nor be updated, inside. May be nested. With several ranks all
+        must enter; of a parameter that several have written, what the lowest rank wrote counts.
         """
         self._require_open()
         if self.manager.all_shown:  # inside another: the parameters are whole already
             yield self.module
             return
         self._hooks.settle_failed_pass()
-        self.manager.settle_idle_reads()
-        bound = {tensor: tensor.bound for tensor in self._tensors.values()}
-        for tensor in bound:
-            tensor.bound = tensor.chunk.values_of(tensor)
-        try:
-            with self.manager.shown_whole():
-                yield self.module
-        finally:
-            for tensor, placed in bound.items():
-                written, tensor.bound = tensor.bound, placed
-                _take_over(self.manager, tensor, written)
+        with gathered(self.manager, self._tensors.values(), self._agreement):
+            yield self.module
 
     def memory_report(self) -> MemoryReport:
         """Bytes and counters; see :class:`MemoryReport`."""
-        peaks = self.device.lifetime_peaks()
-        counters, h2d_bytes, d2h_bytes = self._last_counters
-        store = self.manager.store
-        return MemoryReport(
-            device_capacity_bytes=self.device.capacity_bytes,
-            device_peak_bytes=peaks.device_bytes,
-            predicted_device_peak_bytes=self.plan.predicted_device_peak_bytes,
-            model_data_peak_bytes=peaks.model_data_bytes,
-            non_model_peak_bytes=peaks.non_model_bytes,
-            host_bytes=self._host.host_bytes,
-            pinned_bytes=self._host.pinned_bytes,
-            disk_bytes=0,
-            num_chunks=len(self.manager.chunks),
-            num_fetches=counters.num_fetches,
-            num_evictions=counters.num_evictions,
-            h2d_bytes=h2d_bytes,
-            d2h_bytes=d2h_bytes,
-            device_bytes_by_kind=store.kinds(Tier.DEVICE),
-            host_bytes_by_kind=store.kinds(Tier.HOST),
-        )
+        return report_of(self.manager, self._host, self.plan, *self._last_counters)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if the manager's books do not balance."""
@@ -422,14 +442,20 @@ class Engine:
         return checkpoint.load_checkpoint(self, directory, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes a Hugging Face folder that loads without this project, chunk by chunk."""
+        """Writes a Hugging Face folder that loads without this project, chunk by chunk; the first rank does."""
         self._require_placed()
-        export.save_pretrained(self.module, self._tensors, Path(directory))
+        if self._agreement.is_first:
+            export.save_pretrained(self.module, self._tensors, Path(directory))
+        self.meet("save_pretrained()")
 
-    def close(self) -> None:
+    def close(self, keep_values: bool = True) -> None:
         """Gives all memory back and leaves an ordinary module, with its trained values on the host, and optimizer.
 
-        Plain PyTorch, or another engine, can go on from there; in bf16 and fp16 without the fp32 master.
+        Plain PyTorch, or another engine, can go on from there; in bf16 and fp16 without the fp32 master. With several
+        ranks all must call it, and each gets the whole model.
+
+        Args:
+            keep_values: False leaves module and optimizer without values, and needs no other rank.
         """
         if self._closed:
             return
@@ -439,15 +465,18 @@ class Engine:
         if self.manager.phase is not Phase.IDLE:
             self.manager.abort_pass()  # a forward that nobody took backward
         self.manager.settle_idle_reads()
+        self._keeps_values = keep_values
+        if keep_values:
+            self.meet("close()")
         self._closed = True
         self._undo.close()
 
     def _dissolve(self) -> None:
         """Chunk by chunk, so that nothing is held twice but one chunk."""
         for chunk in self.manager.chunks:
-            if self.optimizer is not None:
+            if self.optimizer is not None and self._keeps_values:
                 self.optimizer.hand_back(chunk.tensors)
-            chunk.dissolve()
+            chunk.dissolve(self._keeps_values)
             for tensor in chunk.tensors:
                 unmanage(tensor.parameter)  # type: ignore[arg-type]
 
@@ -469,26 +498,3 @@ class Engine:
                 "inside gathered_parameters() parameters can be read and written, but the model cannot run, be updated, "
                 "saved or loaded: leave it first"
             )
-
-
-def _take_over(manager: Manager, tensor: ChunkTensor, written: torch.Tensor) -> None:
-    """New values of a parameter. Elements that nobody touched keep what the master knows beyond the dtype."""
-    present = tensor.chunk.values_of(tensor)
-    untouched = (written == present) | (written.isnan() & present.isnan())
-    if not untouched.all():
-        known = tensor.chunk.companion_of(tensor, MASTER) if tensor.chunk.layout.trainable else present
-        manager.write(tensor, torch.where(untouched, known, written.to(known.dtype)))
-
-
-def _make_scaler(config: Config) -> LossScaler:
-    precision = config.precision
-    return LossScaler(
-        enabled=precision.dtype == "fp16",
-        scale=precision.initial_scale,
-        growth_factor=precision.growth_factor,
-        backoff_factor=precision.backoff_factor,
-        growth_interval=precision.growth_interval,
-        hysteresis=precision.hysteresis,
-        min_scale=precision.min_scale,
-        max_scale=precision.max_scale,
-    )

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gemini.chunk import ChunkTensor
 from gemini.manager import Manager
+from gemini.tensor import ChunkTensor
 
 SHARD_BYTES = 2 << 30
 """Most bytes of one file, and so of host memory that writing takes."""

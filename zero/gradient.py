@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from gemini.chunk import ChunkTensor
 from gemini.segment import GRADIENT
 from gemini.state import TensorState
+from gemini.tensor import ChunkTensor
 
 _ATTRIBUTE = "_zero_chunk_tensor"
 _RUN = "_zero_run"
@@ -90,21 +90,24 @@ class ManagedParameter(nn.Parameter):
     def grad(self) -> torch.Tensor | None:
         """The gradient in its owner's buffer (a view, in the parameter's shape), or None.
 
-        Where a plan cuts the parameter between two tiers it is a copy, taken over before the next backward or step.
+        Where a plan cuts the parameter between two tiers, or other ranks own a part of it, it is a copy, taken over
+        before the next backward or step.
         """
         own = autograd_gradient(self)
         tensor: ChunkTensor | None = getattr(self, _ATTRIBUTE, None)
         if tensor is not None and tensor.state is TensorState.READY_FOR_REDUCE:
             tensor.chunk.restore(tensor)  # a hook of the user's asks while backward runs: to its owner with it
-        if own is not None or tensor is None or not tensor.has_gradient:
+        if own is not None or tensor is None:
             return own
+        tensor.chunk.settle_gradients()
+        if not tensor.has_gradient:
+            return None
         pieces = gradient_pieces(tensor)
         spec = tensor.entry.spec
-        if len(pieces) == 1:
+        if len(pieces) == 1 and tensor.chunk.shard.is_whole:
             return pieces[0].as_strided(spec.shape, spec.stride)
         if getattr(self, _SHOWN, None) is None:
-            whole = torch.cat([piece.cpu() for piece in pieces])
-            setattr(self, _SHOWN, whole.as_strided(spec.shape, spec.stride))
+            setattr(self, _SHOWN, tensor.chunk.companion_of(tensor, GRADIENT))
         shown: torch.Tensor = getattr(self, _SHOWN)
         return shown
 
@@ -165,14 +168,20 @@ def forget_gradient(tensor: ChunkTensor) -> None:
     _autograd_grad.__set__(tensor.parameter, None)
     tensor.parameter.__dict__.pop(_SHOWN, None)
     tensor.has_gradient = False
+    if tensor.chunk.has_sums:  # what comes next is added there
+        _fill_zero(tensor)
 
 
 def zero_gradient(tensor: ChunkTensor) -> None:
     """The parameter's gradient, if it has one, is zero from now on."""
     tensor.parameter.__dict__.pop(_SHOWN, None)
     if tensor.has_gradient:
-        for piece in gradient_pieces(tensor):
-            piece.zero_()
+        _fill_zero(tensor)
+
+
+def _fill_zero(tensor: ChunkTensor) -> None:
+    for piece in gradient_pieces(tensor):
+        piece.zero_()
 
 
 def settle_gradient(tensor: ChunkTensor) -> None:
@@ -180,10 +189,7 @@ def settle_gradient(tensor: ChunkTensor) -> None:
     shown = tensor.parameter.__dict__.pop(_SHOWN, None)
     if shown is None or not tensor.has_gradient:
         return
-    flat = shown.as_strided((shown.numel(),), (1,))
-    pieces = gradient_pieces(tensor)
-    for piece, written in zip(pieces, flat.split([piece.numel() for piece in pieces]), strict=True):
-        piece.copy_(written)
+    tensor.chunk.write_companion(tensor, GRADIENT, shown)
 
 
 def settle_gradients(tensors: Iterable[ChunkTensor]) -> None:
@@ -193,7 +199,7 @@ def settle_gradients(tensors: Iterable[ChunkTensor]) -> None:
 
 
 def gradient_pieces(tensor: ChunkTensor) -> list[torch.Tensor]:
-    """1-D gradient buffers of one parameter, in order; several where a segment border runs through it."""
+    """1-D gradient buffers of what is owned of one parameter, in order; several where a segment border runs through it."""
     entry = tensor.entry
     return [
         segment.companions[GRADIENT][left - segment.start : right - segment.start]

@@ -17,7 +17,6 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ from torch import nn
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
-from gemini.chunk import ChunkTensor
 from gemini.manager import Manager, Phase
-from zero.direct import DirectUse, inside_backward, written_between
+from gemini.tensor import ChunkTensor
+from zero.direct import DirectUse, SavedNote, inside_backward, written_between
 from zero.errors import UserError
 from zero.gradient import settle_gradient, settle_gradients, take_autograd_gradient, watch_use
 from zero.passes import PassPlanner
@@ -58,16 +57,8 @@ class WatchedParameters(dict[str, Any]):
         return dict, (dict(self.items()),)
 
 
-@dataclass(frozen=True)
-class SavedView:
-    """What autograd keeps in place of a view of a released-able parameter."""
-
-    tensor: ChunkTensor
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    version: int
-    """How often the user had written the parameter in place."""
+class SavedView(SavedNote):
+    """Of a parameter that a module computed with; ``offset`` is in elements from the chunk's first."""
 
 
 class PendingGraph:
@@ -189,9 +180,6 @@ class ModelHooks:
                 with _ordinary_tensors():
                     self._manager.begin_moment(label, "forward")
             self._watch_backward_end(label, args, kwargs)
-        if isinstance(module, nn.RNNBase):
-            for name in module._parameters:
-                module._parameters[name]  # it computes with a list of its own
         return moved
 
     def _begin(self, args: Any, kwargs: Any) -> tuple[Any, Any]:

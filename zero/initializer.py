@@ -16,8 +16,9 @@ from zero.dryrun import Blueprint
 from zero.engine import Engine
 from zero.errors import UserError
 from zero.launcher import current_config
-from zero.loader import LoaderView
+from zero.loader import LoaderView, shard_loader
 from zero.optim.native import NativeKernel, load_native, native_status
+from zero.ranks import join_ranks, make_exchange
 from zero.setup import make_device
 
 _NATIVE = (torch.optim.AdamW, torch.optim.Adam)
@@ -56,10 +57,15 @@ def initialize(
     if not isinstance(model, nn.Module):
         raise UserError(f"model: a torch.nn.Module is needed, {type(model).__name__} was given")
     kernel = choose_kernel(resolved, optimizer)
+    world = join_ranks(resolved)
     device = device or make_device(resolved)
     # A copy without memory, from which a refusal can tell how large a device would be large enough.
     blueprint = None if isinstance(device, HostDevice) else Blueprint(model)
-    engine = Engine(model, optimizer, criterion, resolved, device, kernel, blueprint=blueprint)
+    exchange = make_exchange(resolved, world)
+    engine = Engine(model, optimizer, criterion, resolved, device, kernel, blueprint=blueprint, exchange=exchange)
+    if world is not None:  # all ranks come here with the same loaders, or without the same
+        train_dataloader = None if train_dataloader is None else shard_loader(train_dataloader, world)
+        test_dataloader = None if test_dataloader is None else shard_loader(test_dataloader, world)
     train = None
     if train_dataloader is not None:
         train = LoaderView(train_dataloader, engine.end_of_loader, resolved.train.gradient_accumulation_steps > 1)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gemini.arena import HostArena
+from gemini.manager import Counters, Manager
+from gemini.plan import Plan
+from gemini.store import Tier
+
 
 @dataclass(frozen=True)
 class MemoryReport:
@@ -42,3 +47,36 @@ class MemoryReport:
     d2h_bytes: int
     device_bytes_by_kind: dict[str, int] = field(default_factory=dict)
     host_bytes_by_kind: dict[str, int] = field(default_factory=dict)
+
+
+def report_of(
+    manager: Manager, host: HostArena, plan: Plan, counters: Counters, h2d_bytes: int, d2h_bytes: int
+) -> MemoryReport:
+    """The report of a manager's device, host and store.
+
+    Args:
+        manager: owns the chunks.
+        host: gives host memory.
+        plan: that is carried out.
+        counters: of the last full step.
+        h2d_bytes: to the device in that step.
+        d2h_bytes: to the host.
+    """
+    peaks, store = manager.device.lifetime_peaks(), manager.store
+    return MemoryReport(
+        device_capacity_bytes=manager.device.capacity_bytes,
+        device_peak_bytes=peaks.device_bytes,
+        predicted_device_peak_bytes=plan.predicted_device_peak_bytes,
+        model_data_peak_bytes=peaks.model_data_bytes,
+        non_model_peak_bytes=peaks.non_model_bytes,
+        host_bytes=host.host_bytes,
+        pinned_bytes=host.pinned_bytes,
+        disk_bytes=0,
+        num_chunks=len(manager.chunks),
+        num_fetches=counters.num_fetches,
+        num_evictions=counters.num_evictions,
+        h2d_bytes=h2d_bytes,
+        d2h_bytes=d2h_bytes,
+        device_bytes_by_kind=store.kinds(Tier.DEVICE),
+        host_bytes_by_kind=store.kinds(Tier.HOST),
+    )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
+import zlib
+from typing import Any
+
+import torch
 
 from gemini.device import Device
 from gemini.manager import Manager, Phase
 from gemini.plan import ChunkFacts, DoesNotFitError, Plan, offload_all
-from gemini.policy import Policy
+from gemini.policy import Policy, does_not_fit
 from gemini.segment import Placement
 from gemini.timeline import transient_bytes
 from gemini.trace import Trace
@@ -80,7 +84,7 @@ class PassPlanner:
         nothing_stays = [Placement() for _ in self._facts]
         needed_bytes = self._held_bytes + transient_bytes(self._facts, nothing_stays, trace, with_margin=True)
         if training:  # one backward through both graphs keeps a gradient until the other graph has added to it
-            needed_bytes += sum(fact.value_bytes for fact in self._facts if fact.companion_bytes_per_numel)
+            needed_bytes += sum(fact.gathered_bytes for fact in self._facts if fact.companion_bytes_per_numel)
         return self._device.model_data_bytes + needed_bytes > self._device.capacity_bytes
 
     def ran_out(self) -> None:
@@ -109,6 +113,49 @@ class PassPlanner:
         if self._manager.trace is not None:
             self._manager.trace.step_peak_bytes = max(self._manager.trace.step_peak_bytes, self.step_bytes)
         self._traced_held_bytes = max(self._traced_held_bytes, self._held_bytes)
+
+    def refusal(self, error: torch.OutOfMemoryError, trace: Trace | None) -> Exception:
+        """An out-of-memory error of a pass as a table of who needs what.
+
+        Args:
+            error: of the device.
+            trace: of such a pass, if a dry run could tell; else as far as the pass came.
+        """
+        trace = trace or Trace(moments=self._manager.pass_moments)
+        if not trace.moments or self._manager.plan is None:
+            return error
+        refused = does_not_fit(self._facts, self._manager.plan, trace, self._device.capacity_bytes)
+        refused.__notes__ = [str(error)]
+        return refused
+
+    # -- with other ranks --------------------------------------------------------------------------------------------
+
+    @property
+    def plan_number(self) -> int:
+        """A number that differs, as a rule, where plans do."""
+        plan = self._manager.plan
+        return 0 if plan is None else zlib.crc32(repr((plan.placements, plan.reserve_bytes)).encode())
+
+    def basis(self) -> dict[str, Any] | None:
+        """What the next plan will be made from, as JSON; None before a trace exists."""
+        trace = self._manager.trace
+        if trace is None:
+            return None
+        return {
+            "trace": trace.to_json(),
+            "held_bytes": max(self._held_bytes, self._traced_held_bytes),
+            "margin_bytes": self._margin_bytes,
+        }
+
+    def adopt(self, bases: list[dict[str, Any]]) -> None:
+        """Plans anew, from what all ranks have seen: the highest of each figure, so that all make the same plan."""
+        traces = [Trace.from_json(basis["trace"]) for basis in bases]
+        for trace in traces[1:]:
+            traces[0].absorb(trace)
+        self._manager.trace = traces[0]
+        self._traced_held_bytes = max(basis["held_bytes"] for basis in bases)
+        self._margin_bytes = max(basis["margin_bytes"] for basis in bases)
+        self.needs_plan = True
 
     def _replan(self) -> None:
         self.needs_plan = False

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gemini.chunk import read_tensor
 from gemini.hostinfo import cpu_count
+from gemini.views import read_tensor
 from zero.errors import UserError
 from zero.weights_folder import ShardedWeights
 
@@ -62,11 +62,11 @@ class Stored:
             self._values = values
         return self._values
 
-    def jobs(self, targets: list[torch.Tensor]) -> list[Callable[[], None]]:
-        """Pieces of work that write the values into tensors of this shape and any dtypes."""
+    def jobs(self, start: int | None, targets: list[torch.Tensor]) -> list[Callable[[], None]]:
+        """Pieces of work that write the values into tensors of this shape and any dtypes; see :data:`gemini.chunk.Read`."""
         if self._values is None:
-            return self.weights.jobs(self.name, *targets, through=self.dtype)
-        return [functools.partial(read_tensor, self._values, targets)]
+            return self.weights.jobs(self.name, *targets, through=self.dtype, first=start)
+        return [functools.partial(read_tensor, self._values, start, targets)]
 
     def equals(self, other: Stored) -> bool:
         """``torch.equal`` of two tensors of one shape and dtype, block by block."""
@@ -107,9 +107,9 @@ class PendingTensor(torch.Tensor):
         """
         self._settle(self._stored.values())
 
-    def load_into(self, targets: list[torch.Tensor]) -> list[Callable[[], None]]:
+    def load_into(self, start: int | None, targets: list[torch.Tensor]) -> list[Callable[[], None]]:
         """Becomes an ordinary parameter with no elements; returns the work that writes its values elsewhere."""
-        jobs = self._stored.jobs(targets)
+        jobs = self._stored.jobs(start, targets)
         self._settle(torch.empty(0, dtype=self._stored.dtype, device="cpu"))
         return jobs
 
@@ -153,11 +153,12 @@ def is_pending(tensor: Any) -> bool:
 
 _GETTERS = (
     "shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "grad", "grad_fn", "is_leaf", "requires_grad",
-    "retains_grad", "output_nr", "is_cpu", "is_cuda", "is_meta", "is_mkldnn", "is_mps", "is_nested",
+    "retains_grad", "output_nr", "_version", "is_cpu", "is_cuda", "is_meta", "is_mkldnn", "is_mps", "is_nested",
     "is_quantized", "is_sparse", "is_sparse_csr", "is_xla", "is_xpu",
 )  # fmt: skip
 _METHODS = (
     "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_signed",
+    "is_inference",
     "get_device", "requires_grad_", "__len__", "register_hook", "register_post_accumulate_grad_hook",
     "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor",
 )  # fmt: skip
@@ -253,16 +254,16 @@ class Reading:
         """Starts."""
         return self
 
-    def __call__(self, parameter: torch.Tensor, targets: list[torch.Tensor]) -> None:
-        """Takes one parameter's values to tensors of its shape.
+    def __call__(self, parameter: torch.Tensor, start: int | None, targets: list[torch.Tensor]) -> None:
+        """Takes one parameter's values to tensors; see :data:`gemini.chunk.Read`.
 
         Raises:
             UserError: a file of an earlier one cannot be read.
         """
         if not isinstance(parameter, PendingTensor):
-            read_tensor(parameter, targets)
+            read_tensor(parameter, start, targets)
             return
-        for job in parameter.load_into(targets):
+        for job in parameter.load_into(start, targets):
             self._running.append(self._pool.submit(job))
             if len(self._running) > _MAX_QUEUED:
                 self._running.popleft().result()

@@ -12,6 +12,7 @@ from torch import nn
 
 from gemini.device import Device
 from gemini.dryrun import fake_conversions, fake_mode
+from gemini.exchange import ALONE
 from gemini.hostinfo import host_memory
 from gemini.plan import ChunkFacts, DoesNotFitError, Plan, first_host_bytes, host_bytes, widening_bytes
 from gemini.policy import Policy, least_capacity_bytes
@@ -26,6 +27,7 @@ from zero.optim.elementwise import temporary_bytes_per_numel
 from zero.optim.update import step_bytes
 from zero.optimizers import build_optimizer
 from zero.setup import make_policy
+from zero.sharding import Division, DryExchange
 
 logger = logging.getLogger("zero")
 
@@ -111,6 +113,8 @@ def plan_run(
     tokenizer: Any = None,
     host_available_bytes: int | None = None,
     evaluation_shape: Shape | None = None,
+    num_ranks: int | None = None,
+    num_local_ranks: int | None = None,
 ) -> PlannedRun:
     """Walks one micro-batch of the config's shape through the model without loading it.
 
@@ -120,6 +124,8 @@ def plan_run(
         tokenizer: of the run, for a model given inline.
         host_available_bytes: of the machine that it is planned for; by default what this one has free.
         evaluation_shape: of the largest evaluation batch; None where nothing is evaluated.
+        num_ranks: that share the chunks; by default what ``[parallel]`` says.
+        num_local_ranks: of them on this machine, which share its host memory; by default all.
 
     Raises:
         CannotWalkError: the model fails on tensors without values (its forward branches on them, say), so that only the
@@ -134,8 +140,10 @@ def plan_run(
         options = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
         return dress(AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32, **options), config)
 
-    dry = dry_run(build, config, shape, evaluation_shape)
-    return decide(config, make_policy(config, device), dry, device.capacity_bytes, host_available_bytes)
+    num_ranks = num_ranks or config.parallel.data or 1
+    dry = dry_run(build, config, shape, evaluation_shape, num_ranks)
+    policy = make_policy(config, device)
+    return decide(config, policy, dry, device.capacity_bytes, host_available_bytes, num_local_ranks or num_ranks)
 
 
 def assumed_evaluation_shape(config: Config) -> Shape | None:
@@ -147,7 +155,11 @@ def assumed_evaluation_shape(config: Config) -> Shape | None:
 
 
 def dry_run(
-    build: Callable[[], nn.Module], config: Config, shape: Shape, evaluation_shape: Shape | None = None
+    build: Callable[[], nn.Module],
+    config: Config,
+    shape: Shape,
+    evaluation_shape: Shape | None = None,
+    num_ranks: int = 1,
 ) -> DryRun:
     """Runs forward and backward of one micro-batch on fake tensors, and forward of one evaluation batch.
 
@@ -156,6 +168,7 @@ def dry_run(
         config: of the run.
         shape: of the micro-batch.
         evaluation_shape: of the evaluation batch; None: there is none.
+        num_ranks: that share the chunks.
 
     Raises:
         CannotWalkError: the model failed.
@@ -167,7 +180,8 @@ def dry_run(
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = build_optimizer(model, config)
         update_bytes = temporary_bytes_per_numel(optimizer)
-        trace, engine = walk(model, optimizer, config, (), _batch(shape))
+        exchange = DryExchange(Division(0, num_ranks, config.parallel.replicate)) if num_ranks > 1 else ALONE
+        trace, engine = walk(model, optimizer, config, (), _batch(shape), exchange)
         evaluation = None
         if evaluation_shape is not None:
             batches_bytes = sum(t.nbytes for t in _batch(shape).values()) * config.train.gradient_accumulation_steps
@@ -181,9 +195,14 @@ def _batch(shape: Shape) -> dict[str, torch.Tensor]:
 
 
 def decide(
-    config: Config, policy: Policy, dry: DryRun, capacity_bytes: int, host_available_bytes: int | None = None
+    config: Config,
+    policy: Policy,
+    dry: DryRun,
+    capacity_bytes: int,
+    host_available_bytes: int | None = None,
+    num_local_ranks: int = 1,
 ) -> PlannedRun:
-    """The policy's answer for a capacity, and what the host must hold."""
+    """The policy's answer for a capacity, and what the host must hold for each of the ranks that share it."""
     plan: Plan | None = None
     refusal: DoesNotFitError | None = None
     try:
@@ -194,7 +213,7 @@ def decide(
     rows = _host_rows(policy, dry.facts, placements)
     peak_bytes = sum(num_bytes for _, _, num_bytes, _ in rows)
     available_bytes = host_available_bytes or host_memory().available_bytes
-    limit_bytes = min(available_bytes, config.memory.host or available_bytes)
+    limit_bytes = min(available_bytes, config.memory.host or available_bytes) // num_local_ranks
     if refusal is None and peak_bytes > limit_bytes:
         refusal = _host_refusal(policy, rows, peak_bytes, limit_bytes)
     if refusal is not None:

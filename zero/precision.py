@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gemini.chunk import ChunkTensor
+from gemini.tensor import ChunkTensor
 from zero.errors import UserError
 from zero.gradient import gradient_pieces
 
@@ -101,7 +101,7 @@ def gradient_statistics(tensors: Iterable[ChunkTensor | torch.Tensor], inverse_s
             continue
         pieces = gradient_pieces(tensor)
         flat = pieces[0] if len(pieces) == 1 else torch.cat([piece.cpu() for piece in pieces])
-        gradient = _unscaled(flat, inverse_scale, scratch)
+        gradient = unscaled(flat, inverse_scale, scratch)
         norm = torch.linalg.vector_norm(gradient)
         # A norm can overflow where no element did: only then look at the elements.
         finite = finite and bool(torch.isfinite(norm) or torch.isfinite(gradient).all())
@@ -111,7 +111,7 @@ def gradient_statistics(tensors: Iterable[ChunkTensor | torch.Tensor], inverse_s
     return GradientStatistics(float(torch.linalg.vector_norm(torch.stack(norms))), finite)
 
 
-def _unscaled(flat: torch.Tensor, inverse_scale: float, scratch: dict[torch.device, torch.Tensor]) -> torch.Tensor:
+def unscaled(flat: torch.Tensor, inverse_scale: float, scratch: dict[torch.device, torch.Tensor]) -> torch.Tensor:
     """A gradient in fp32, unscaled; in a buffer that the next one overwrites, unless it is that already.
 
     One buffer for all: fresh temporaries would leave the C library's heap full of holes (see :mod:`gemini.heap`).

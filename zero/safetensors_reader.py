@@ -94,12 +94,25 @@ class SafetensorsFile:
             job()
 
     def jobs(
-        self, name: str, target: torch.Tensor, *more: torch.Tensor, through: torch.dtype | None = None
+        self,
+        name: str,
+        target: torch.Tensor,
+        *more: torch.Tensor,
+        through: torch.dtype | None = None,
+        first: int | None = None,
     ) -> list[Callable[[], None]]:
-        """The work of :meth:`read_into` in pieces that may run in any order and in any threads."""
+        """The work of :meth:`read_into` in pieces that may run in any order and in any threads.
+
+        Args:
+            name, target, more, through: as there.
+            first: read no more than the elements from this one on, in row-major order, for which the targets, then 1-D
+                and contiguous, have room.
+        """
         stored, seen = self._tensors[name], through or self._tensors[name].dtype
         jobs: list[Callable[[], None]] = []
         flat: list[torch.Tensor] = []
+        if first is not None:
+            return self._part_jobs(stored, [target, *more], seen, first)
         for each in (target, *more):
             if each.shape != stored.shape:
                 raise ValueError(f"{name} has shape {tuple(stored.shape)}, the target {tuple(each.shape)}")
@@ -107,21 +120,26 @@ class SafetensorsFile:
                 flat.append(each.detach().view(-1))
             else:
                 jobs.append(functools.partial(self._read_whole, name, each, seen))
+        return jobs + (self._part_jobs(stored, flat, seen, 0) if flat else [])
+
+    def _part_jobs(
+        self, stored: StoredTensor, targets: list[torch.Tensor], through: torch.dtype, first: int
+    ) -> list[Callable[[], None]]:
         part_numel = _PART_BYTES // stored.dtype.itemsize
-        for start in range(0, stored.shape.numel() if flat else 0, part_numel):
-            jobs.append(functools.partial(self._read_part, stored, flat, seen, start, part_numel))
-        return jobs
+        return [
+            functools.partial(
+                self._read_part, stored, [t[start : start + part_numel] for t in targets], through, first + start
+            )
+            for start in range(0, targets[0].numel(), part_numel)
+        ]
 
     def _read_whole(self, name: str, target: torch.Tensor, through: torch.dtype) -> None:
         whole = torch.empty(target.shape, dtype=through, device="cpu")
         self.read_into(name, whole)
         target.copy_(whole)
 
-    def _read_part(
-        self, stored: StoredTensor, targets: list[torch.Tensor], through: torch.dtype, start: int, part_numel: int
-    ) -> None:
+    def _read_part(self, stored: StoredTensor, parts: list[torch.Tensor], through: torch.dtype, start: int) -> None:
         """Reads some elements straight into the target of the stored dtype, or into a buffer; the others get copies."""
-        parts = [target[start : start + part_numel] for target in targets]
         home = next((part for part in parts if part.dtype == stored.dtype == through), None)
         values = torch.empty(parts[0].numel(), dtype=stored.dtype, device="cpu") if home is None else home
         self._fill(stored, values, start)

@@ -11,20 +11,23 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gemini.arena import HostArena
-from gemini.chunk import Chunk, ChunkTensor
+from gemini.chunk import Chunk
 from gemini.device import AcceleratorDevice, Device, HostDevice
+from gemini.exchange import ALONE, Exchange
 from gemini.heap import give_back_free_memory
-from gemini.layout import ParameterSpec, UnitSpec, build_layout
+from gemini.layout import ParameterSpec, UnitSpec, build_layout, is_dense
 from gemini.manager import Manager
 from gemini.plan import ChunkFacts, chunk_facts
 from gemini.policy import Policy
 from gemini.simulated import SimulatedDevice, StreamOrder
 from gemini.store import Store
+from gemini.tensor import ChunkTensor
 from gemini.transfer import Transfer
 from zero.config.schema import Config
 from zero.errors import UserError
 from zero.gradient import ManagedParameter, manage
 from zero.pending import Reading, is_pending, release
+from zero.precision import LossScaler
 from zero.units import Unit, find_units
 
 logger = logging.getLogger("zero")
@@ -65,6 +68,21 @@ def make_policy(config: Config, device: Device) -> Policy:
     return Policy(name, memory.resident_parameters, memory.resident_optimizer)
 
 
+def make_scaler(config: Config) -> LossScaler:
+    """The loss scaler that ``[precision]`` describes."""
+    precision = config.precision
+    return LossScaler(
+        enabled=precision.dtype == "fp16",
+        scale=precision.initial_scale,
+        growth_factor=precision.growth_factor,
+        backoff_factor=precision.backoff_factor,
+        growth_interval=precision.growth_interval,
+        hysteresis=precision.hysteresis,
+        min_scale=precision.min_scale,
+        max_scale=precision.max_scale,
+    )
+
+
 @dataclass
 class Managed:
     """A model taken over."""
@@ -87,7 +105,13 @@ def compute_dtype(parameter: torch.Tensor, dtype: torch.dtype, keep_fp32: bool) 
 
 
 def take_over(
-    model: nn.Module, config: Config, device: Device, state_bytes_per_numel: int, accumulates: bool, host: HostArena
+    model: nn.Module,
+    config: Config,
+    device: Device,
+    state_bytes_per_numel: int,
+    accumulates: bool,
+    host: HostArena,
+    exchange: Exchange = ALONE,
 ) -> Managed:
     """Moves every parameter of a model into chunks, one by one, so that host memory never holds two copies.
 
@@ -98,6 +122,7 @@ def take_over(
         state_bytes_per_numel: of the optimizer's elementwise states.
         accumulates: gradients are summed over micro-batches, in fp32.
         host: gives host memory.
+        exchange: with the other ranks that own a part of each chunk.
 
     Raises:
         UserError: a parameter cannot be managed.
@@ -127,6 +152,7 @@ def take_over(
                 transfer,
                 keep_master=layout.trainable,
                 read=read,
+                exchange=exchange,
             )
             for layout in layouts
         ]
@@ -137,11 +163,16 @@ def take_over(
         manage(tensor.parameter, tensor)  # type: ignore[arg-type]
     _cast_empty(model, tensors, dtype, device)
     _cast_buffers(model, dtype, device)
-    facts = [
-        chunk_facts(layout, state_bytes_per_numel, 4 if accumulates else layout.dtype.itemsize) for layout in layouts
-    ]
+    facts = [_facts(chunk, config, state_bytes_per_numel, accumulates, exchange is not ALONE) for chunk in chunks]
     names = {id(p): name for name, p in parameters.items()}
     return Managed(Manager(store, transfer, chunks), units, tensors, names, facts)
+
+
+def _facts(chunk: Chunk, config: Config, state_bytes_per_numel: int, accumulates: bool, many_ranks: bool) -> ChunkFacts:
+    """Gradients keep the dtype they come in; sums, over micro-batches or ranks, are fp32 unless asked otherwise."""
+    sums = accumulates or (many_ranks and (config.precision.reduce == "fp32" or chunk.shard.is_whole))
+    itemsize = 4 if sums else chunk.layout.dtype.itemsize
+    return chunk_facts(chunk.layout, chunk.shard, state_bytes_per_numel, itemsize)
 
 
 def _refuse_compiled(model: nn.Module) -> None:
@@ -185,20 +216,8 @@ def _spec(name: str, parameter: nn.Parameter, dtype: torch.dtype, keep_fp32: boo
             f"parameter {name} is float64, but masters and optimizer states are float32: cast it with .float() if that is "
             "enough, or freeze it"
         )
-    stride = parameter.stride() if _dense(parameter) else torch.empty(parameter.shape, device="meta").stride()
+    stride = parameter.stride() if is_dense(parameter) else torch.empty(parameter.shape, device="meta").stride()
     return ParameterSpec(name, parameter.shape, stride, compute_dtype(parameter, dtype, keep_fp32), trainable)
-
-
-def _dense(parameter: torch.Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlaps, in some order of dimensions."""
-    expected = 1
-    for length, stride in sorted(zip(parameter.shape, parameter.stride(), strict=True), key=lambda pair: pair[1]):
-        if length == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= length
-    return True
 
 
 def _refuse_managed(units: list[Unit]) -> None:

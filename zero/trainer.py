@@ -8,13 +8,11 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemini.manager import Phase
 from gemini.plan import DoesNotFitError
 from gemini.units import format_bytes
 from zero.config.describe import to_toml
@@ -24,11 +22,15 @@ from zero.data.preview import describe_sample
 from zero.dryrun import CannotWalkError
 from zero.engine import Engine
 from zero.errors import UserError
-from zero.evaluate import evaluate, num_loss_tokens, perplexity
+from zero.evaluate import evaluate, perplexity
+from zero.health import HealthWatch
 from zero.initializer import initialize
 from zero.models.build import build_model, build_tokenizer, max_positions, model_config
-from zero.optimizers import build_optimizer, build_scheduler, set_rates
+from zero.optimizers import build_optimizer, build_scheduler
 from zero.planning import PlannedRun, plan_run
+from zero.progress import Progress, TrainingStopped
+from zero.ranks import Ranks, join_ranks
+from zero.recovery import RunCheckpoints
 from zero.report.console import Reporter, make_reporter
 from zero.report.memory_map import draw_memory_map
 from zero.report.metrics import MetricsWriter
@@ -47,47 +49,15 @@ from zero.run_folder import (
     held_run_folder,
     set_aside_earlier_run,
 )
+from zero.run_result import RunResult
 from zero.setup import make_device
+from zero.stopping import StopRequest
+from zero.train_step import StepResult, train_step
 
 logger = logging.getLogger("zero")
 
 _PICTURED_STEP = 3
 """The step whose memory map is kept: the first two warm up and settle."""
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; says why and what to do."""
-
-
-@dataclass
-class RunResult:
-    """What a run achieved, as written to ``summary.json``."""
-
-    num_steps: int = 0
-    num_skipped_steps: int = 0
-    eval_perplexity_before: float | None = None
-    eval_perplexity_after: float | None = None
-    num_eval_tokens: int = 0
-    train_loss_first: float | None = None
-    train_loss_last: float | None = None
-    tokens_per_s: float = 0.0
-    device_capacity_bytes: int = 0
-    device_peak_bytes: int = 0
-    predicted_device_peak_bytes: int = 0
-    dry_run_device_peak_bytes: int | None = None
-    host_bytes: int = 0
-    pinned_bytes: int = 0
-    model_data_bytes: int = 0
-    wall_s: float = 0.0
-
-
-@dataclass
-class _Progress:
-    step: int = 0
-    consecutive_skips: int = 0
-    seen_tokens: int = 0
-    training_s: float = 0.0
-    losses: list[float] = field(default_factory=list)
 
 
 class Trainer:
@@ -104,9 +74,8 @@ class Trainer:
         config.require_model()
         config.require_data()
         check_trackers(config.train.report_to)
-        if config.parallel.world_size > 1:
-            raise UserError("parallel: this version trains in one process; remove [parallel] or set its sizes to 1")
         self.config = config
+        self._ranks = Ranks(join_ranks(config))
         self.output_dir = Path(config.run_folder)
         check_run_folder(self.output_dir)
         check_own_files(self.output_dir, config.source, config.model.name_or_path)
@@ -115,11 +84,22 @@ class Trainer:
         transformers_config = model_config(config, self.tokenizer)
         vocab_size = getattr(transformers_config.get_text_config(), "vocab_size", None)
         self.data: DataBundle = build_dataloaders(
-            config, self.tokenizer, max_positions(transformers_config), vocab_size
+            config, self.tokenizer, max_positions(transformers_config), vocab_size, self._ranks.rank, self._ranks.size
         )
+        self._health = HealthWatch(config.train.spike_factor, config.train.max_skipped_steps)
+        self._stop = StopRequest()
         self.planned = self._plan()
         self._result = RunResult()
-        self._progress = _Progress()
+        self._progress = Progress()
+        self._checkpoints = RunCheckpoints(
+            config,
+            self.output_dir / CHECKPOINTS_FOLDER,
+            self._ranks,
+            self.data,
+            self._health,
+            self._progress,
+            self.tokenizer,
+        )
 
     def _plan(self) -> PlannedRun | None:
         """The plan, if the model can be walked through."""
@@ -128,7 +108,14 @@ class Trainer:
             rows = min(self.config.train.per_device_eval_batch_size, len(evaluated))
             evaluation_shape = (rows, evaluated.longest)
         try:
-            planned = plan_run(self.config, self._device, self.tokenizer, evaluation_shape=evaluation_shape)
+            planned = plan_run(
+                self.config,
+                self._device,
+                self.tokenizer,
+                evaluation_shape=evaluation_shape,
+                num_ranks=self._ranks.size,
+                num_local_ranks=self._ranks.num_local,
+            )
         except CannotWalkError as error:
             logger.info("this model cannot be walked through without data (%s); its warm-up will tell", error)
             return None
@@ -148,11 +135,12 @@ class Trainer:
         num_steps = self._num_steps()
         scheduler = build_scheduler(optimizer, config, num_steps)
         engine, *_ = initialize(model, optimizer, lr_scheduler=scheduler, config=config, device=self._device)
-        torch.manual_seed(config.train.seed)
-        resumed_from = self._resume(engine, scheduler)
-        with held_run_folder(self.output_dir), self._begun():
+        torch.manual_seed(config.train.seed + self._ranks.rank)  # each rank drops out other elements
+        resumed_from = self._checkpoints.resume(engine, scheduler)
+        folder = held_run_folder(self.output_dir) if self._ranks.is_first else contextlib.nullcontext()
+        with folder, self._begun(), self._stop.listening():
             self._run_in_folder(engine, scheduler, num_steps, resumed_from, started_s)
-        engine.close()
+        engine.close(keep_values=False)
         return self._result
 
     @contextlib.contextmanager
@@ -171,19 +159,22 @@ class Trainer:
     def _run_in_folder(
         self, engine: Engine, scheduler: Any, num_steps: int, resumed_from: Path | None, started_s: float
     ) -> None:
-        config = self.config
-        self._open_folder(resumed_from)
+        train, rank = self.config.train, self._ranks.rank
+        if self._ranks.is_first:
+            self._open_folder(resumed_from)
+        engine.meet("the run folder")
         with (
-            make_reporter(logging_steps=config.train.logging_steps) as reporter,
+            make_reporter(logging_steps=train.logging_steps, rank=rank) as reporter,
             MetricsWriter(
                 self.output_dir,
-                trackers=config.train.report_to,
+                rank=rank,
+                trackers=train.report_to,
                 run_name=self.output_dir.name,
-                config=config.model_dump(mode="json"),
+                config=self.config.model_dump(mode="json"),
             ) as metrics,
         ):
             self._announce(reporter, engine, num_steps)
-            if config.train.resume_from_checkpoint:
+            if self._checkpoints.are_wanted:
                 where = f"resumed from {resumed_from} at step {self._progress.step}"
                 reporter.message(where if resumed_from else "no checkpoint to resume from: starting anew")
             if self._progress.step >= num_steps:
@@ -200,18 +191,6 @@ class Trainer:
             if aside is not None:
                 logger.info("%s held an earlier run, which is now in %s", self.output_dir, aside)
         (self.output_dir / CONFIG_FILE).write_text(to_toml(self.config), encoding="utf-8")
-
-    def _checkpoints(self) -> Path | None:
-        """The checkpoint to resume from, or the folder that holds some; None to start anew."""
-        from zero.checkpoint import find_latest
-
-        wish = self.config.train.resume_from_checkpoint
-        if not wish:
-            return None
-        if isinstance(wish, str):
-            return Path(wish)
-        folder = self.output_dir / CHECKPOINTS_FOLDER
-        return folder if find_latest(folder) is not None else None
 
     def _num_steps(self) -> int:
         train = self.config.train
@@ -233,6 +212,8 @@ class Trainer:
             f"{config.train.gradient_accumulation_steps}",
             "run folder": str(self.output_dir),
         }
+        if self._ranks.size > 1:
+            rows["ranks"] = f"{self._ranks.size}; figures of memory are rank 0's"
         if self.planned is not None and self.planned.plan is not None:
             predicted_bytes = self.planned.plan.predicted_device_peak_bytes
             self._result.dry_run_device_peak_bytes = predicted_bytes
@@ -243,36 +224,20 @@ class Trainer:
         reporter.message("one training sample (what is masked is not learnt):")
         reporter.message(describe_sample(self.data.train_dataset[0], self.tokenizer).plain)
 
-    def _resume(self, engine: Engine, scheduler: Any) -> Path | None:
-        """Goes to where a checkpoint was taken, if one is wanted and there; returns its folder."""
-        folder = self._checkpoints()
-        if folder is None:
-            return None
-        from zero.checkpoint import load_checkpoint
-
-        loaded = load_checkpoint(engine, folder, lr_scheduler=scheduler)
-        if loaded.extra is None or "data" not in loaded.extra:
-            raise UserError(f"{loaded.path}: not written by `zero train`, so it does not say where in the data it was")
-        set_rates(scheduler)
-        self._progress.step = int(loaded.extra["step"])
-        self.data.train_loader.load_state_dict(loaded.extra["data"])
-        self._result.eval_perplexity_before = loaded.extra.get("eval_perplexity_before")
-        return loaded.path
-
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def _loop(self, engine: Engine, scheduler: Any, num_steps: int, reporter: Reporter, metrics: MetricsWriter) -> None:
-        train = self.config.train
+        train, progress = self.config.train, self._progress
         recorder = StepRecorder(engine.manager)
-        if self._result.eval_perplexity_before is None:
-            self._result.eval_perplexity_before = self._evaluate(engine, reporter, metrics, "before")
+        if self._progress.eval_perplexity_before is None:
+            self._progress.eval_perplexity_before = self._evaluate(engine, reporter, metrics, "before")
         engine.train()
         windows = self._windows()
         # Asked before a window is drawn: what is drawn counts as delivered in the checkpoint, so a run that is
         # extended later would leave it out.
-        while self._progress.step < num_steps:
+        while progress.step < num_steps and progress.stopped_by is None:
             window = next(windows)
-            pictured = self._progress.step + 1 == min(_PICTURED_STEP, num_steps)
+            pictured = progress.step + 1 == min(_PICTURED_STEP, num_steps) and self._ranks.is_first
             if pictured:
                 recorder.start()
             record = self._step(engine, scheduler, window, num_steps)
@@ -282,14 +247,23 @@ class Trainer:
                 self._draw(recorder, engine)
             reporter.step(record)
             metrics.log_step(record)
-            if self._progress.step % train.save_steps == 0 and self._progress.step < num_steps:
-                self._save(engine, scheduler)
-            if train.eval_steps and self._progress.step % train.eval_steps == 0 and self._progress.step < num_steps:
-                self._evaluate(engine, reporter, metrics, f"step {self._progress.step}")
-        if self._progress.losses and self._progress.consecutive_skips == len(self._progress.losses):
-            self._stop_if_hopeless(engine)
-        self._save(engine, scheduler)
-        self._result.eval_perplexity_after = self._evaluate(engine, reporter, metrics, "after")
+            if self._health.is_hopeless:
+                left_at = progress.step
+                reporter.message(self._checkpoints.go_back(engine, scheduler))
+                metrics.log({"rollback_from": left_at, "lr_factor": progress.lr_factor}, step=progress.step)
+                windows = self._windows()
+                continue
+            if progress.step % train.save_steps == 0 and progress.step < num_steps and progress.stopped_by is None:
+                self._checkpoints.save(engine, scheduler, asynchronous=True)
+            if train.eval_steps and progress.step % train.eval_steps == 0 and progress.step < num_steps:
+                self._evaluate(engine, reporter, metrics, f"step {progress.step}")
+        if progress.step >= num_steps:
+            progress.stopped_by = None  # it is done all the same
+        if progress.losses and self._health.num_bad >= len(progress.losses):
+            raise self._checkpoints.stopped("every step was skipped")
+        self._checkpoints.save(engine, scheduler)
+        if progress.stopped_by is None:
+            self._result.eval_perplexity_after = self._evaluate(engine, reporter, metrics, "after")
 
     def _windows(self) -> Iterator[list[dict[str, torch.Tensor]]]:
         """Micro-batches of one optimizer step each, epoch after epoch; an epoch's last window may be shorter."""
@@ -310,73 +284,53 @@ class Trainer:
     def _step(
         self, engine: Engine, scheduler: Any, window: list[dict[str, torch.Tensor]], num_steps: int
     ) -> StepRecord:
-        """One optimizer step: each micro-batch weighs as many tokens as its loss counts."""
+        """One optimizer step, on all ranks together."""
         started_s = time.perf_counter()
-        counts = [num_loss_tokens(batch["labels"]) for batch in window]
         lr = float(engine.optimizer.param_groups[0]["lr"]) if engine.optimizer is not None else 0.0
         loss_scale = engine.loss_scale
-        loss_sum = 0.0
-        engine.zero_grad()
-        for position, (batch, count) in enumerate(zip(window, counts, strict=True)):
-            if position == len(window) - 1:
-                engine.end_of_loader()  # the window is complete, however many micro-batches it has
-            if count:
-                loss = engine(**batch).loss
-                loss_sum += float(loss.detach()) * count
-                engine.backward(loss * (count / sum(counts)), scale_by_accumulation=False)
-            engine.step()
+        done = train_step(engine, window, self._ranks, self._health, self._stop)
         if not engine.skipped_last_step:
             scheduler.step()
         step_s = time.perf_counter() - started_s
-        loss_value = loss_sum / max(1, sum(counts))
-        self._note(engine, loss_value, sum(int(batch["input_ids"].numel()) for batch in window), step_s)
-        return self._record(engine, loss_value, lr, loss_scale, step_s, window, num_steps)
+        self._note(engine, done, step_s)
+        return self._record(engine, done, lr, loss_scale, step_s, num_steps)
 
-    def _note(self, engine: Engine, loss: float, num_tokens: int, step_s: float) -> None:
+    def _note(self, engine: Engine, done: StepResult, step_s: float) -> None:
         progress = self._progress
         progress.step += 1
-        progress.seen_tokens += num_tokens
+        progress.seen_tokens += done.num_tokens
         progress.training_s += step_s
-        progress.losses.append(loss)
-        progress.consecutive_skips = progress.consecutive_skips + 1 if engine.skipped_last_step else 0
-        if progress.consecutive_skips >= self.config.train.max_skipped_steps:
-            self._stop_if_hopeless(engine)
-
-    def _stop_if_hopeless(self, engine: Engine) -> None:
-        """Steps were skipped for long enough: goes on only where a lower loss scale may still mend it."""
-        progress = self._progress
-        if engine.scaler.at_floor:
-            raise TrainingStopped(
-                f"{progress.consecutive_skips} steps in a row had a loss or gradient that is not finite (step "
-                f"{progress.step}, loss {progress.losses[-1]}); no update was made in them. Lower optimizer.lr, set "
-                "train.max_grad_norm, use precision.dtype = bf16, or see whether the model's weights are finite"
-            )
+        progress.losses.append(done.loss)
+        progress.stopped_by = done.stop_signal
+        if done.problem is not None:
+            logger.warning("step %d skipped: %s", progress.step, done.problem)
+        # An overflow of fp16 is mended by a lower loss scale, as long as there is one.
+        beyond_repair = engine.skipped_last_step and (done.problem is not None or engine.scaler.at_floor)
+        if beyond_repair or not engine.skipped_last_step:
+            self._health.note(progress.step, done.loss, bad=beyond_repair)
 
     def _record(
         self,
         engine: Engine,
-        loss: float,
+        done: StepResult,
         lr: float,
         loss_scale: float,
         step_s: float,
-        window: list[dict[str, torch.Tensor]],
         num_steps: int,
     ) -> StepRecord:
         report = engine.memory_report()
         if report.predicted_device_peak_bytes:  # 0 while an evaluation, say, has set the plan aside
             self._result.predicted_device_peak_bytes = report.predicted_device_peak_bytes
-        num_tokens = sum(int(batch["input_ids"].numel()) for batch in window)
-        per_epoch = math.ceil(len(self.data.train_loader) / self.config.train.gradient_accumulation_steps)
         return StepRecord(
             step=self._progress.step,
             num_steps=num_steps,
-            epoch=self._progress.step / max(1, per_epoch),
-            loss=loss,
+            epoch=self.data.train_loader.epochs_done,
+            loss=done.loss,
             lr=lr,
             grad_norm=engine.grad_norm,
             loss_scale=loss_scale if self.config.precision.dtype == "fp16" else None,
-            tokens=num_tokens,
-            tokens_per_s=num_tokens / step_s,
+            tokens=done.num_tokens,
+            tokens_per_s=done.num_tokens / step_s,
             step_s=step_s,
             device_bytes=engine.last_step_peak_bytes,
             device_peak_bytes=report.device_peak_bytes,
@@ -422,31 +376,21 @@ class Trainer:
         except OSError as error:  # a picture is not worth a run
             logger.warning("no memory map: %s", error)
 
-    def _save(self, engine: Engine, scheduler: Any) -> None:
-        if engine.manager.phase is not Phase.IDLE:
-            raise RuntimeError("a checkpoint can only be taken between passes")
-        extra = {
-            "data": self.data.train_loader.state_dict(),
-            "eval_perplexity_before": self._result.eval_perplexity_before,
-            "step": self._progress.step,
-        }
-        from zero.checkpoint import save_checkpoint
-
-        save_checkpoint(
-            engine,
-            self.output_dir / CHECKPOINTS_FOLDER,
-            extra=extra,
-            lr_scheduler=scheduler,
-            save_total_limit=self.config.train.save_total_limit,
-            tokenizer=self.tokenizer,
-        )
-
     def _finish(self, engine: Engine, reporter: Reporter, started_s: float) -> None:
+        if self._progress.stopped_by is not None:
+            reporter.message(
+                f"stopped by {self._progress.stopped_by} at step {self._progress.step}, saved in "
+                f"{self.output_dir / CHECKPOINTS_FOLDER}; go on with train.resume_from_checkpoint = true"
+            )
+            return
         folder = self.output_dir / MODEL_FOLDER
         engine.save_pretrained(folder)
+        if not self._ranks.is_first:
+            return
         self.tokenizer.save_pretrained(folder)
         report, result, progress = engine.memory_report(), self._result, self._progress
         result.num_steps = progress.step
+        result.eval_perplexity_before = progress.eval_perplexity_before
         result.num_skipped_steps = engine.num_skipped_steps
         result.train_loss_first = progress.losses[0] if progress.losses else None
         result.train_loss_last = progress.losses[-1] if progress.losses else None
@@ -459,32 +403,4 @@ class Trainer:
         summary = self.output_dir / SUMMARY_FILE
         if progress.losses or not summary.exists():  # a resume that found nothing to do has measured nothing
             summary.write_text(json.dumps(vars(result), indent=2) + "\n", encoding="utf-8")
-        reporter.summary(self._summary_rows(folder))
-
-    def _summary_rows(self, folder: Path) -> list[tuple[str, str]]:
-        result = self._result
-        rows = []
-        if result.eval_perplexity_before is not None and result.eval_perplexity_after is not None:
-            rows.append(
-                (
-                    "held-out perplexity",
-                    f"{result.eval_perplexity_before:.2f} before, {result.eval_perplexity_after:.2f} after "
-                    f"({result.num_eval_tokens:,} tokens)",
-                )
-            )
-        rows += [
-            ("model data", f"{format_bytes(result.model_data_bytes)}"),
-            ("device capacity", format_bytes(result.device_capacity_bytes)),
-        ]
-        if result.predicted_device_peak_bytes:  # a plan was made: not where the first step was the last
-            rows.append(("device peak, predicted", format_bytes(result.predicted_device_peak_bytes)))
-        rows += [
-            ("device peak, measured", format_bytes(result.device_peak_bytes)),
-            ("host", f"{format_bytes(result.host_bytes)}, of it pinned {format_bytes(result.pinned_bytes)}"),
-            ("steps", f"{result.num_steps}, of them skipped {result.num_skipped_steps}"),
-            ("speed", f"{result.tokens_per_s:,.0f} tokens/s, {result.wall_s:.0f} s in all"),
-            ("model folder", str(folder)),
-        ]
-        if (self.output_dir / MAP_FILE).is_file():
-            rows.append(("memory map", str(self.output_dir / MAP_FILE)))
-        return rows
+        reporter.summary(result.rows(folder, self.output_dir / MAP_FILE))

@@ -83,10 +83,15 @@ class ShardedWeights:
         self._file_of[name].read_into(name, target, *more, through=through)
 
     def jobs(
-        self, name: str, target: torch.Tensor, *more: torch.Tensor, through: torch.dtype | None = None
+        self,
+        name: str,
+        target: torch.Tensor,
+        *more: torch.Tensor,
+        through: torch.dtype | None = None,
+        first: int | None = None,
     ) -> list[Callable[[], None]]:
         """See :meth:`zero.safetensors_reader.SafetensorsFile.jobs`."""
-        return self._file_of[name].jobs(name, target, *more, through=through)
+        return self._file_of[name].jobs(name, target, *more, through=through, first=first)
 
     def blocks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """See :meth:`zero.safetensors_reader.SafetensorsFile.blocks`."""

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from gemini.chunk import ChunkTensor
 from gemini.layout import ParameterSpec
 from gemini.segment import GRADIENT as GRADIENT_KEY
 from gemini.segment import MASTER
+from gemini.tensor import ChunkTensor
+from zero.checkpoint.background import Gate
 from zero.checkpoint.codec import dtype_name
-from zero.checkpoint.manifest import BUFFER, GRADIENT, OPTIMIZER, PARAMETER, Slice
+from zero.checkpoint.manifest import BUFFER, GRADIENT, OPTIMIZER, PARAMETER, Slice, rank_gradient
 from zero.checkpoint.problems import CheckpointError
+from zero.checkpoint.ranks import SavingRanks
 from zero.checkpoint.tensorfile import Outgoing, as_bytes, in_blocks, storable
 
 if TYPE_CHECKING:
@@ -70,8 +73,7 @@ class Source:
 
     def cut(self, start: int, stop: int) -> Source:
         """A part of the run, in elements of the whole tensor."""
-        fields = (self.name, self.role, self.dtype, self.shape, self.order)
-        return Source(*fields, start, stop, self.chunk_tensor, self.buffer)
+        return replace(self, start=start, stop=stop)
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """The elements as 1-D host tensors; views where they lie on the host."""
@@ -91,12 +93,20 @@ class Source:
         if self.role == PARAMETER:
             trained = self.chunk_tensor is not None and self.chunk_tensor.chunk.layout.trainable
             return MASTER if trained else None
-        return GRADIENT_KEY if self.role == GRADIENT else self.role.removeprefix(OPTIMIZER)
+        return GRADIENT_KEY if self.role.startswith(GRADIENT) else self.role.removeprefix(OPTIMIZER)
 
-    def outgoing(self) -> Outgoing:
-        """As the file's writer takes it."""
+    def outgoing(self, gate: Gate | None = None) -> Outgoing:
+        """As the file's writer takes it; the gate is told once it has."""
         shape = self.shape if self.whole else (self.stop - self.start,)
-        return Outgoing(self.key, self.dtype, shape, self.blocks)
+        return Outgoing(self.key, self.dtype, shape, partial(self._gated_blocks, gate))
+
+    def _gated_blocks(self, gate: Gate | None) -> Iterator[torch.Tensor]:
+        for block in self.blocks():
+            if gate is not None:
+                gate.require_open()
+            yield block
+        if gate is not None and self.chunk_tensor is not None:
+            gate.taken(self.chunk_tensor.chunk)
 
     def slice_in(self, file: str) -> Slice:
         """As the manifest names it."""
@@ -133,20 +143,74 @@ def named_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torc
                 yield (f"{prefix}.{name}" if prefix else name), child, name, buffer
 
 
-def collect(engine: Engine, include_frozen: bool) -> list[Source]:
-    """All tensors that this rank writes: parameters, their optimizer states and gradients, and buffers."""
-    sources: list[Source] = []
-    for tensor in engine._tensors.values():
+@dataclass(frozen=True)
+class Contents:
+    """All tensors that one rank writes.
+
+    Attributes:
+        gradients: of an open accumulation window; they change with the next micro-batch.
+        buffers: change at any time.
+        states: parameters and optimizer states, in the order of chunks, which is the order of updates.
+    """
+
+    gradients: list[Source]
+    buffers: list[Source]
+    states: list[Source]
+
+
+def own_range(tensor: ChunkTensor) -> tuple[int, int]:
+    """The elements of a parameter that this rank owns: the first, and the first after; equal where it owns none."""
+    entry, shard = tensor.entry, tensor.chunk.shard
+    start = min(max(entry.offset, shard.start), entry.stop)
+    return start - entry.offset, max(start, min(entry.stop, shard.stop)) - entry.offset
+
+
+def names_with_gradient(engine: Engine) -> list[str]:
+    """Parameters that have gradients in an open accumulation window, as far as this rank knows."""
+    return [t.name for t in engine._tensors.values() if engine._micro_step and t.has_gradient]
+
+
+def collect(engine: Engine, include_frozen: bool, ranks: SavingRanks, with_gradient: set[str]) -> Contents:
+    """All tensors that this rank writes: what it owns; of chunks that all ranks own, each rank writes some.
+
+    Args:
+        engine: whose.
+        include_frozen: frozen values too.
+        ranks: those that save.
+        with_gradient: parameters that have gradients on any rank.
+    """
+    contents = Contents([], [], [])
+    for tensor in sorted(engine._tensors.values(), key=lambda t: (t.chunk.index, t.position)):
+        is_whole = tensor.chunk.shard.is_whole
+        if tensor.name in with_gradient:
+            contents.gradients.extend(_gradient_sources(tensor, ranks))
+        if is_whole and tensor.chunk.index % ranks.size != ranks.rank:
+            continue
         if tensor.chunk.layout.trainable or include_frozen:
-            sources.append(values_source(tensor))
-        sources += _state_sources(engine, tensor)
-        if engine._micro_step and tensor.has_gradient:
-            sources.append(_of(tensor, GRADIENT, torch.float32))
-    sources += [_buffer_source(name, buffer) for name, _, _, buffer in named_buffers(engine.module)]
-    for source in sources:
+            contents.states.extend(_owned(values_source(tensor)))
+        for source in _state_sources(engine, tensor):
+            contents.states.extend(_owned(source))
+    if ranks.is_first:
+        contents.buffers.extend(_buffer_source(name, buffer) for name, _, _, buffer in named_buffers(engine.module))
+    for source in (*contents.buffers, *contents.states):
         if not storable(source.dtype):
             raise CheckpointError(f"{source.role} {source.name} has dtype {source.dtype}, which no checkpoint can hold")
-    return sources
+    return contents
+
+
+def _owned(source: Source) -> list[Source]:
+    """The part of a parameter's source that this rank owns, if any."""
+    if source.chunk_tensor is None:
+        return [source]
+    start, stop = own_range(source.chunk_tensor)
+    return [source.cut(start, stop)] if start < stop else []
+
+
+def _gradient_sources(tensor: ChunkTensor, ranks: SavingRanks) -> list[Source]:
+    """Of chunks that several ranks own whole, each has summed its own micro-batches so far."""
+    if not (tensor.chunk.shard.is_whole and ranks.size > 1):
+        return _owned(_of(tensor, GRADIENT, torch.float32))
+    return [_of(tensor, rank_gradient(ranks.rank), torch.float32)] if tensor.has_gradient else []
 
 
 def values_source(tensor: ChunkTensor) -> Source:
@@ -174,6 +238,11 @@ def _buffer_source(name: str, buffer: torch.Tensor) -> Source:
     return Source(name, BUFFER, buffer.dtype, tuple(buffer.shape), None, 0, buffer.numel(), buffer=buffer)
 
 
+def copied(sources: Iterable[Source]) -> list[Source]:
+    """Buffers as they are now, on the host."""
+    return [s if s.buffer is None else replace(s, buffer=s.buffer.detach().cpu().clone()) for s in sources]
+
+
 def into_files(sources: list[Source]) -> list[list[Source]]:
     """Cuts and groups runs so that no file has more than :data:`MAX_FILE_BYTES` of tensors."""
     files: list[list[Source]] = []
@@ -198,8 +267,15 @@ def _cut_large(source: Source) -> Iterator[Source]:
 
 
 def values_sha256(tensor: ChunkTensor) -> str:
-    """Hash of a parameter's values in memory order: what stands for frozen values that are not stored."""
+    """Hash of a parameter's values in memory order: what stands for frozen values that are not stored.
+
+    All ranks must ask, where each owns a part.
+    """
     digest = hashlib.sha256()
-    for block in values_source(tensor).blocks():
+    if tensor.chunk.shard.is_whole:
+        blocks = values_source(tensor).blocks()
+    else:  # of frozen values, which have no master, so the others' parts come as they are
+        blocks = in_blocks(tensor.chunk.values_of(tensor).as_strided((tensor.entry.spec.numel,), (1,)))
+    for block in blocks:
         digest.update(as_bytes(block.contiguous()))
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -114,6 +115,14 @@ def verify(checkpoint: Path) -> list[str]:
         problem = _problem(what)
         problems += [problem] if problem is not None else []
     return problems
+
+
+def file_problems(checkpoint: Path, manifest: Manifest, paths: set[str]) -> list[str]:
+    """What is wrong with some files of a checkpoint, one line for each."""
+    chosen = [record for record in manifest.files if record.path in paths]
+    missing = [f"{MANIFEST}: {path} is not listed" for path in sorted(paths - {record.path for record in chosen})]
+    found = (_problem(functools.partial(_check_file, checkpoint, record)) for record in chosen)
+    return missing + [problem for problem in found if problem is not None]
 
 
 def _file_problems(checkpoint: Path, manifest: Manifest) -> list[str]:

@@ -30,11 +30,16 @@ _SEAL = "manifest_sha256"
 PARAMETER = "parameter"
 """Role of a parameter's values: the fp32 master where it is trained, the values themselves where it is frozen."""
 GRADIENT = "gradient"
-"""Role of gradients summed so far in an open accumulation window."""
+"""Role of gradients summed so far in an open accumulation window, over all ranks."""
 BUFFER = "buffer"
 """Role of a module's buffer."""
 OPTIMIZER = "optimizer/"
 """Prefix of the roles of an optimizer's elementwise states, such as ``optimizer/exp_avg``."""
+
+
+def rank_gradient(rank: int) -> str:
+    """Role of the gradients that one rank of several has summed by itself."""
+    return f"{GRADIENT}/{rank:05d}"
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,16 @@ def config_sha256(config: JSON) -> str:
 
 def to_bytes(manifest: Manifest) -> bytes:
     """The file's contents."""
-    body = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
-    return dump({**body, _SEAL: hashlib.sha256(dump(body)).hexdigest()})
+    return dump({**_body(manifest), _SEAL: seal_of(manifest)})
+
+
+def seal_of(manifest: Manifest) -> str:
+    """The hash that the file carries: two manifests with the same one say the same."""
+    return hashlib.sha256(dump(_body(manifest))).hexdigest()
+
+
+def _body(manifest: Manifest) -> dict[str, JSON]:
+    return {"format": FORMAT, "version": VERSION, **asdict(manifest)}
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -178,8 +191,8 @@ def _from_body(body: dict[str, Any]) -> Manifest:
             world={_text(key): _count(value) for key, value in body["world"].items()},
             config_sha256=_hash(body["config_sha256"]),
             software={_text(key): _text(value) for key, value in body["software"].items()},
-            files=tuple(_file(entry) for entry in body["files"]),
-            tensors=tuple(_slice(entry) for entry in body["tensors"]),
+            files=tuple(file_from(entry) for entry in body["files"]),
+            tensors=tuple(slice_from(entry) for entry in body["tensors"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedError(f"not what format version {VERSION} holds ({error!r})") from error
@@ -238,11 +251,21 @@ def _hash(value: Any) -> str:
     return str(value)
 
 
-def _file(entry: dict[str, Any]) -> FileRecord:
+def file_from(entry: dict[str, Any]) -> FileRecord:
+    """A file's record out of JSON.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
     return FileRecord(_text(entry["path"]), _count(entry["num_bytes"]), _hash(entry["sha256"]), _count(entry["rank"]))
 
 
-def _slice(entry: dict[str, Any]) -> Slice:
+def slice_from(entry: dict[str, Any]) -> Slice:
+    """A slice out of JSON.
+
+    Raises:
+        DamagedError, KeyError, TypeError, ValueError: it is none.
+    """
     return Slice(
         name=_text(entry["name"]),
         role=_text(entry["role"]),

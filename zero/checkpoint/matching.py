@@ -6,7 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from zero.checkpoint.contents import values_sha256
-from zero.checkpoint.manifest import BUFFER, GRADIENT, OPTIMIZER, PARAMETER, Manifest
+from zero.checkpoint.hyperparameters import impossible_changes
+from zero.checkpoint.manifest import BUFFER, GRADIENT, OPTIMIZER, PARAMETER, Manifest, rank_gradient
 from zero.checkpoint.state import (
     BufferRecord,
     ParameterRecord,
@@ -100,16 +101,17 @@ def _optimizer(engine: Engine, saved: Saved) -> list[str]:
             moved = sorted(set(have) ^ set(had))
             what = f"differ in {', '.join(moved)}" if moved else "hold the same parameters in another order"
             lines.append(f"optimizer: parameter groups {position} of checkpoint and run {what}")
-    return lines
+    return lines + impossible_changes(engine.optimizer.param_groups, [g.values for g in saved.optimizer.groups])
 
 
 def contradictions(manifest: Manifest, saved: Saved) -> list[str]:
     """Where state.json and the manifest disagree: no program of ours writes that, so nothing of it can be trusted."""
     shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+    gradients = [GRADIENT, *map(rank_gradient, range(min(manifest.world.get("size", 1), len(manifest.files))))]
     for record in saved.parameters.values():
         roles = [PARAMETER] if record.stored else []
         if record.trainable:
-            roles += [GRADIENT, *(OPTIMIZER + key for key in (saved.optimizer.keys if saved.optimizer else ()))]
+            roles += [*gradients, *(OPTIMIZER + key for key in (saved.optimizer.keys if saved.optimizer else ()))]
         shapes.update({(role, record.name): record.shape for role in roles})
     shapes.update({(BUFFER, record.name): record.shape for record in saved.buffers.values()})
     tensors = manifest.by_tensor()

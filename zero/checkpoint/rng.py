@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
 import numpy as np
 import torch
 
-from zero.checkpoint.codec import JSON, decode, encode
+from zero.checkpoint.codec import JSON, decode, dump, encode
 from zero.checkpoint.problems import DamagedError
 
 
@@ -59,3 +60,20 @@ def restore_rng(state: JSON, device: torch.device) -> list[str]:
     if saved_type == device.type:
         return []
     return [f"the checkpoint was written on {saved_type}, this run computes on {device.type}: dropout draws anew"]
+
+
+def derive_rng(state: JSON, rank: int, size: int) -> None:
+    """Seeds all generators of one rank for a number of ranks other than that which wrote the checkpoint.
+
+    The seed is a hash of the state that rank 0 had, of the rank and of the number of ranks: the same checkpoint on the
+    same number of ranks always goes on the same way, and no two ranks draw alike.
+
+    Args:
+        state: rank 0's, as :func:`rng_state` gave it.
+        rank: this one.
+        size: number of ranks now.
+    """
+    seed = int.from_bytes(hashlib.sha256(dump([state, rank, size])).digest()[:8], "little")
+    torch.manual_seed(seed >> 1)  # of the accelerator too
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))

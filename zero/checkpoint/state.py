@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemini.chunk import ChunkTensor
+from gemini.tensor import ChunkTensor
 from gemini.trace import Moment, Trace
 from zero.checkpoint.codec import JSON, decode, dtype_name, dump, encode
 from zero.checkpoint.contents import memory_order, named_buffers, parameter_names, values_sha256
@@ -96,14 +96,41 @@ def buffers_of(engine: Engine) -> list[BufferRecord]:
 # -- out -------------------------------------------------------------------------------------------------------------
 
 
+def optimizer_facts(engine: Engine) -> JSON:
+    """Which elementwise states there are, and the other states of each parameter, as far as this rank knows.
+
+    Raises:
+        CheckpointError: a state is of a kind that JSON cannot hold.
+    """
+    if engine.optimizer is None:
+        return None
+    updater = engine.optimizer.updater
+    return {
+        "keys": {key: dtype_name(dtype) for key, dtype in updater.keys.items()},
+        "scalars": {
+            tensor.name: encode(scalars, f"optimizer state of {tensor.name}")
+            for tensor, scalars in updater.scalars.items()
+        },
+    }
+
+
 def shared_state(
     engine: Engine,
     parameters: list[ParameterRecord],
     buffers: list[BufferRecord],
     lr_scheduler: Any,
     extra: Any,
+    facts: list[JSON],
 ) -> JSON:
     """What ``state.json`` holds.
+
+    Args:
+        engine: whose.
+        parameters: its parameters.
+        buffers: its buffers.
+        lr_scheduler: the user's, or None.
+        extra: the caller's own.
+        facts: :func:`optimizer_facts` of every rank. Where two know of a parameter they say the same.
 
     Raises:
         CheckpointError: a scheduler's or optimizer's state, or ``extra``, holds what JSON cannot.
@@ -113,7 +140,7 @@ def shared_state(
         "buffers": [asdict(record) for record in buffers],
         "counters": encode(_counters(engine), "counters"),
         "scaler": {"enabled": engine.scaler.enabled, "state": encode(engine.scaler.state_dict(), "loss scaler")},
-        "optimizer": _optimizer(engine),
+        "optimizer": _optimizer(engine, facts),
         "lr_scheduler": None if lr_scheduler is None else _scheduler(lr_scheduler),
         "config": engine.config.model_dump(mode="json"),
         "trace": _trace(engine),
@@ -122,9 +149,9 @@ def shared_state(
     }
 
 
-def rank_state(engine: Engine) -> JSON:
+def rank_state(engine: Engine, rank: int) -> JSON:
     """What ``rank-00000.json`` holds."""
-    return {"rank": 0, "rng": rng_state(engine.device.torch_device)}
+    return {"rank": rank, "rng": rng_state(engine.device.torch_device)}
 
 
 def _counters(engine: Engine) -> dict[str, Any]:
@@ -138,10 +165,9 @@ def _counters(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _optimizer(engine: Engine) -> JSON:
+def _optimizer(engine: Engine, facts: list[JSON]) -> JSON:
     if engine.optimizer is None:
         return None
-    updater = engine.optimizer.updater
     return {
         "class": optimizer_class(engine),
         "groups": [
@@ -151,11 +177,8 @@ def _optimizer(engine: Engine) -> JSON:
             }
             for names, group in zip(group_names(engine), engine.optimizer.param_groups, strict=True)
         ],
-        "keys": {key: dtype_name(dtype) for key, dtype in updater.keys.items()},
-        "scalars": {
-            tensor.name: encode(scalars, f"optimizer state of {tensor.name}")
-            for tensor, scalars in updater.scalars.items()
-        },
+        "keys": {key: name for fact in reversed(facts) for key, name in fact["keys"].items()},
+        "scalars": {name: scalars for fact in reversed(facts) for name, scalars in fact["scalars"].items()},
     }
 
 
@@ -196,7 +219,8 @@ def trace_key(engine: Engine) -> str:
     device, train = engine.device, engine.config.train
     name = torch.cuda.get_device_name(device.torch_device) if device.torch_device.type == "cuda" else device.name
     about = [layouts, torch.__version__, type(device).__name__, name, train.gradient_checkpointing]
-    return hashlib.sha256(dump([*about, train.gradient_accumulation_steps])).hexdigest()
+    shards = [chunk.num_bytes for chunk in engine.manager.chunks if not chunk.shard.is_whole]
+    return hashlib.sha256(dump([*about, train.gradient_accumulation_steps, *shards])).hexdigest()
 
 
 def _trace(engine: Engine) -> JSON:

@@ -203,16 +203,25 @@ def _check_cover(tensors: dict[str, Incoming], start: int, total_bytes: int) -> 
         raise DamagedError(f"bad safetensors header: tensors end at byte {start}, the file at {total_bytes}")
 
 
-def read_blocks(handle: FileIO, tensor: Incoming) -> Iterator[tuple[int, torch.Tensor]]:
+def read_blocks(
+    handle: FileIO, tensor: Incoming, first: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
     """A tensor's elements in order: ``(first element, 1-D host tensor)``. The tensor is used again for the next block.
+
+    Args:
+        handle: the file.
+        tensor: where in it.
+        first: first element that is wanted.
+        stop: first element after; None for all.
 
     Raises:
         DamagedError: the file is shorter than its header says.
     """
+    stop = tensor.numel if stop is None else stop
     step = max(1, BLOCK_BYTES // tensor.dtype.itemsize)
-    buffer = torch.empty(min(step, tensor.numel), dtype=tensor.dtype)
-    handle.seek(tensor.offset)
-    for start in range(0, tensor.numel, step):
-        block = buffer[: min(step, tensor.numel - start)]
+    buffer = torch.empty(min(step, stop - first), dtype=tensor.dtype)
+    handle.seek(tensor.offset + first * tensor.dtype.itemsize)
+    for start in range(first, stop, step):
+        block = buffer[: min(step, stop - start)]
         read_exactly(handle, as_bytes(block))
         yield start, block

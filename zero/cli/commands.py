@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zero.cli.processes import launch, start_ranks
 from zero.config.describe import config_help, to_toml
 from zero.config.loading import load_config
 from zero.config.overrides import parse_overrides
@@ -38,19 +39,18 @@ def _load(arguments: argparse.Namespace, rest: list[str], require: tuple[str, ..
     return config
 
 
-def _one_process(arguments: argparse.Namespace) -> None:
-    if arguments.nprocs != 1:
-        raise UserError(f"--nprocs {arguments.nprocs}: this version trains in one process; use --nprocs 1")
-
-
 def train(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """``zero train CONFIG``."""
-    _one_process(arguments)
+    """``zero train CONFIG``, as one process or as ranks."""
     config = _load(arguments, rest, require=("model", "data"))
+    if start_ranks(arguments):
+        return launch(arguments, config)
     from torch import OutOfMemoryError
 
-    from zero.trainer import Trainer, TrainingStopped
+    from zero.launcher import join
+    from zero.progress import TrainingStopped
+    from zero.trainer import Trainer
 
+    join(config)
     try:
         Trainer(config).run()
     except (TrainingStopped, OutOfMemoryError) as error:
@@ -113,15 +113,16 @@ def export(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def run_script(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """``zero run SCRIPT``: the user's own loop."""
-    _one_process(arguments)
+    """``zero run SCRIPT``: the user's own loop, as one process or as ranks."""
     script = Path(arguments.script)
     if not script.is_file():
         raise UserError(f"{script}: no such file")
-    from zero.launcher import launch
-
+    if start_ranks(arguments):
+        return launch(arguments, None if arguments.config is None else load_config(arguments.config))
     if arguments.config is not None:
-        launch(arguments.config)
+        from zero.launcher import launch as launch_config
+
+        launch_config(arguments.config)
     sys.argv = [str(script), *rest]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")

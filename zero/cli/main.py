@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -13,8 +15,10 @@ from collections.abc import Callable, Sequence
 
 from zero.cli import commands
 from zero.cli.parser import make_parser
+from zero.cli.processes import place_of_rank
 from zero.config.words import nearest
 from zero.errors import UserError
+from zero.launching.rank import Explained, run_as_rank
 from zero.report.logs import configure_logging
 
 logger = logging.getLogger("zero")
@@ -35,30 +39,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     # Before torch is loaded: threads that wait for one another by spinning take the core that the other would run on.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    configure_logging()
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments, rest = _parse(list(sys.argv[1:] if argv is None else argv))
-    except SystemExit as stop:  # argparse's way to end: after --help, or with a usage line on stderr
-        return int(stop.code or 0)
-    run: Callable[[argparse.Namespace, list[str]], int] = arguments.run
-    try:
-        return run(arguments, rest)
-    except ValueError as error:
-        if not _is_the_users(error):
-            raise
+        place = place_of_rank(words)
+    except UserError as error:
         sys.stderr.write(f"zero: {error}\n")
         return EXIT_WRONG_INPUT
-    except commands.RunFailed as error:
-        sys.stderr.write(f"zero: {error}\n")
-        return EXIT_FAILED
-    except MemoryError as error:
-        if not _is_of_the_host(error):
+    configure_logging(rank=0 if place is None else place.rank)
+    if place is not None:
+        return run_as_rank(place, lambda: _perform(words, place.rank), _explain)
+    try:
+        return _perform(words)
+    except BaseException as error:
+        explained = _explain(error)
+        if explained is None:
             raise
-        sys.stderr.write(f"zero: {error}\n")
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        sys.stderr.write("zero: interrupted\n")
-        return EXIT_INTERRUPTED
+        sys.stderr.write(f"zero: {explained.message}\n")
+        return explained.exit_code
+
+
+def _perform(words: list[str], rank: int = 0) -> int:
+    """Runs one command; returns its exit code."""
+    usage = io.StringIO()
+    try:
+        # What is wrong with the words is the same on every rank, and said by the first.
+        with contextlib.redirect_stderr(usage) if rank else contextlib.nullcontext():
+            arguments, rest = _parse(words)
+    except SystemExit as stop:  # argparse's way to end: after --help, or with a usage line on stderr
+        if rank and stop.code:
+            raise UserError(usage.getvalue().strip()) from None
+        return int(stop.code or 0)
+    run: Callable[[argparse.Namespace, list[str]], int] = arguments.run
+    return run(arguments, rest)
+
+
+def _explain(error: BaseException) -> Explained | None:
+    """Words for what needs no traceback."""
+    if isinstance(error, ValueError) and _is_the_users(error):
+        return Explained(str(error), EXIT_WRONG_INPUT)
+    if isinstance(error, commands.RunFailed) or (isinstance(error, MemoryError) and _is_of_the_host(error)):
+        return Explained(str(error), EXIT_FAILED)
+    if isinstance(error, KeyboardInterrupt):
+        return Explained("interrupted", EXIT_INTERRUPTED)
+    return None
 
 
 def _is_of_the_host(error: MemoryError) -> bool:
@@ -84,7 +107,9 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         hint = f"did you mean {meant}?" if meant else f"commands: {', '.join(verbs)}"
         sys.stderr.write(f"zero: {words[0]}: no such command; {hint}\n")
         raise SystemExit(EXIT_WRONG_INPUT)
-    return parser.parse_known_args(words)
+    arguments, rest = parser.parse_known_args(words)
+    arguments.words = words
+    return arguments, rest
 
 
 if __name__ == "__main__":

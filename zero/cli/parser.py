@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from zero.cli import commands
+from zero.cli.processes import add_process_options
 from zero.cli.words import CommandParser, keys_aside, script_aside
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ first steps:
   zero generate runs/quickstart/model --prompt "The"  what came of it
   zero plan configs/opt-6.7b.toml                     does it fit, and where does every byte go?
   zero train configs/opt-6.7b.toml --device.memory 6GiB --train.max_steps 100
+  zero train configs/opt-6.7b.toml --nprocs 2          two processes, each with its own accelerator
 
 Any key of a config can be given as --section.key value; `zero validate --keys` lists them all.
 `zero COMMAND --help` tells more about a command.
@@ -28,7 +30,14 @@ Any key of the config can be given as --section.key value and goes before the fi
   --train.max_steps 100  --optimizer.lr 1e-5  --device.memory 6GiB  --memory.policy cpu  --train.output_dir runs/mine
 `zero validate --keys` lists all keys with their meaning and default; `zero validate CONFIG` shows a config resolved."""
 
-_USAGE = {"train": " [--nprocs N]", "plan": "", "validate": " [--keys]"}
+_PROCESSES = """\
+several processes:
+  --nprocs N                                           N of them on this machine, one per accelerator
+  torchrun --nnodes 2 --nproc-per-node 4 ... -m zero   several machines: the same command behind it, without --nprocs
+  srun zero                                            the same inside a SLURM job
+The first process prints as one alone does; the others print warnings and errors, with their number before each line."""
+
+_USAGE = {"train": " [--nprocs N] [--max-restarts K]", "plan": "", "validate": " [--keys]"}
 
 _DESCRIPTIONS = {
     "train": """\
@@ -77,34 +86,33 @@ def _add_config_verbs(verbs: Verbs) -> None:
             help=text,
             usage=f"zero {name} CONFIG{_USAGE[name]} [--section.key value ...]",
             description=_DESCRIPTIONS[name],
-            epilog=_KEYS,
+            epilog=f"{_PROCESSES}\n\n{_KEYS}" if name == "train" else _KEYS,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             splitter=keys_aside,
         )
         verb.add_argument("config", nargs="?", metavar="CONFIG", help="a .toml, .yaml, .json or .py file")
         if name == "train":
-            _add_nprocs(verb)
+            add_process_options(verb)
         if name == "validate":
             verb.add_argument("--keys", action="store_true", help="list every key with its meaning and default")
         verb.set_defaults(run=function)
-
-
-def _add_nprocs(verb: argparse.ArgumentParser) -> None:
-    # -nprocs is what the README of the system re-created here promised.
-    verb.add_argument("--nprocs", "-nprocs", type=int, default=1, metavar="N", help="processes (this version: 1)")
 
 
 def _add_run(verbs: Verbs) -> None:
     run = verbs.add_parser(
         "run",
         help="run your own training script with a config",
-        usage="zero run SCRIPT [--nprocs N] [--config CONFIG] [arguments of the script ...]",
-        description="Runs a Python file whose zero.initialize() reads CONFIG where it is given no config of its own.",
+        usage="zero run SCRIPT [--nprocs N] [--max-restarts K] [--config CONFIG] [arguments of the script ...]",
+        description="""\
+Runs a Python file whose zero.initialize() reads CONFIG where it is given no config of its own. With --nprocs N the file
+runs as N processes; after zero.launch() it can use torch.distributed.""",
+        epilog=_PROCESSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         splitter=script_aside,
     )
     run.add_argument("script", metavar="SCRIPT", help="a Python file that calls zero.initialize()")
     run.add_argument("--config", metavar="CONFIG", help="what zero.initialize() reads where it is given no config")
-    _add_nprocs(run)
+    add_process_options(run)
     run.set_defaults(run=commands.run_script)
 
 

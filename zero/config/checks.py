@@ -125,6 +125,14 @@ def _data(config: Config) -> Iterator[Finding]:
         )
 
 
+def _streaming(config: Config) -> Iterator[Finding]:
+    if config.data.streaming and config.data.train is not None and config.train.max_steps <= 0:
+        yield Finding(
+            "train.max_steps: not given; with data.streaming = true the length of the data is not known before they are "
+            "read, so say after how many steps to stop"
+        )
+
+
 def _no_effect(config: Config, unsound: set[str]) -> Iterator[Finding]:
     for key, condition in without_effect(config).items():
         if config.is_set(key) and condition.reads not in unsound:
@@ -142,6 +150,7 @@ _CHECKS = (
     _Check(("parallel.tensor", "parallel.tensor.mode", "parallel.tensor.size", "parallel.tensor.depth"), _tensor),
     _Check(("train.eval_steps", "data.train", "data.eval", "data.eval_fraction"), _evaluation),
     _Check(("data.text_column", "data.format"), _data),
+    _Check(("data.streaming", "data.train", "train.max_steps"), _streaming),
 )
 
 

@@ -78,6 +78,12 @@ CONDITIONS: tuple[Condition, ...] = (
         "data.eval is given, so that nothing is held out of the training data",
     ),
     Condition(
+        ("data.shuffle_buffer",),
+        "data.streaming",
+        lambda config: config.data.streaming,
+        "data that are read before training are shuffled as a whole",
+    ),
+    Condition(
         ("model.revision",),
         "model.config",
         lambda config: config.model.config is None,

@@ -58,7 +58,8 @@ class MemorySection(Section):
     "static"."""
 
     host: ByteAmount | None = None
-    """Budget of host memory in bytes, such as "48GiB". Unset: what the machine or its container leaves free."""
+    """Budget of host memory in bytes, such as "48GiB", for all ranks on this machine together. Unset: what the machine
+    or its container leaves free."""
 
     disk: Text | None = None
     """Folder for what neither device nor host can hold. Unset: nothing goes to disk."""
@@ -114,6 +115,10 @@ class PrecisionSection(Section):
     max_scale: PositiveNumber = 2.0**32
     """The scale never rises above this. Only with dtype = "fp16"."""
 
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """Format in which gradients are summed over ranks. `fp32` adds them without loss, whatever format they travel in;
+    `bf16` sends and keeps them in bf16, which takes less of the links and of the host."""
+
     optimizer_state: Annotated[
         Literal["fp32"], BeforeValidator(_state_of_this_version), Allowed("fp32 (split, bf16 and 8bit come later)")
     ] = "fp32"
@@ -150,6 +155,13 @@ class ParallelSection(Section):
 
     tensor: TensorSection = TensorSection()
     """How single layers are split over ranks: {mode, size, depth}."""
+
+    replicate: ByteAmount = 16 * 2**10
+    """Chunks of no more bytes than this are kept whole by every rank: fetching them from one another would take longer
+    than their memory is worth. "1B": all chunks are divided."""
+
+    timeout: PositiveNumber = 600.0
+    """Seconds that a rank waits for another one before it gives up and says whom it waited for."""
 
     @property
     def model_ranks(self) -> int:

@@ -126,7 +126,7 @@ FIELDS: dict[str, FieldInfo] = dict(walk(Config))
 """Every table and key of the schema by its dotted name, in the order of the file."""
 
 
-BYTE_KEYS = frozenset({"device.memory", "memory.host", "memory.chunk"})
+BYTE_KEYS = frozenset({"device.memory", "memory.host", "memory.chunk", "parallel.replicate"})
 """Keys that hold an amount of memory, as a number of bytes; written with a unit."""
 
 

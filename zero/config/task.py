@@ -153,19 +153,25 @@ class DataSection(Section):
     """Count the prompt's tokens in the loss as well as the completion's."""
 
     eval_fraction: OpenFraction = 0.05
-    """Fraction of the training records held out for evaluation where `eval` is unset, 0 to below 1. 0: none."""
+    """Fraction of the training records held out for evaluation where `eval` is unset, 0 to below 1. 0: none. With
+    streaming it is a fraction of the first 10,000 records (or of all, if fewer), and the first of them."""
 
     max_samples: PositiveInt | None = None
-    """Use only this many training records (a .txt file is one). Unset: all."""
+    """Use only this many training records (a .txt file is one; with streaming, 64 thousand characters of it). Unset:
+    all."""
 
     shuffle: bool = True
     """New order of the training sequences in every epoch, from train.seed."""
+
+    shuffle_buffer: PositiveInt = 1000
+    """With streaming: sequences that are shuffled among themselves before those that follow them in the data."""
 
     on_error: Literal["raise", "skip"] = "raise"
     """What a record that cannot be read gets: the run is refused with file and line, or it is skipped and counted."""
 
     streaming: bool = False
-    """Read a Hub dataset while training and not before it."""
+    """Read, tokenise and pack the training data (a Hub dataset or files) while training and not before it, in bounded
+    memory. Needs train.max_steps; every rank reads all data."""
 
     num_workers: NonNegativeInt = 0
     """Processes that prepare batches. 0: the training process itself."""

@@ -12,6 +12,7 @@ from zero.config.types import (
     Allowed,
     Betas,
     Fraction,
+    Growth,
     MaxSteps,
     NonNegativeInt,
     NonNegativeNumber,
@@ -20,6 +21,7 @@ from zero.config.types import (
     PositiveNumber,
     Section,
     Seed,
+    Shrink,
     Text,
 )
 
@@ -172,7 +174,21 @@ class TrainSection(Section):
     `true` is "non_reentrant"."""
 
     max_skipped_steps: PositiveInt = 10
-    """Stop after this many steps in a row whose gradients were not finite."""
+    """Steps in a row that may be skipped for a loss or gradient that is not finite, or for a spike, before the run goes
+    back to its newest healthy checkpoint or, where that may not be, stops."""
+
+    spike_factor: Growth | None = None
+    """A step whose loss is this many times the median of the last 32 is skipped as a spike. Unset: no loss is too
+    high."""
+
+    max_rollbacks: NonNegativeInt = 2
+    """Times a run may go back to its newest healthy checkpoint, leaving out the data since; then it stops."""
+
+    rollback_lr_factor: Shrink = 0.5
+    """The learning rate is multiplied by this each time a run goes back."""
+
+    rollback_max_grad_norm: PositiveNumber | None = None
+    """Gradients are clipped to this norm once a run has gone back. Unset: as before."""
 
     logging_steps: PositiveInt = 1
     """Steps between two log lines."""

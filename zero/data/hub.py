@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from zero.data.readers import ChooseColumns, Row
+from zero.data.rows import ChooseColumns, Place, Row
 from zero.errors import DataError
 
 logger = logging.getLogger("zero")
@@ -29,7 +29,12 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def read_hub(
-    name: str, config_name: str | None, split: str, choose: ChooseColumns, streaming: bool = False
+    name: str,
+    config_name: str | None,
+    split: str,
+    choose: ChooseColumns,
+    streaming: bool = False,
+    start: Place = None,
 ) -> Iterator[Row]:
     """Rows of one split of a dataset of the Hub.
 
@@ -39,6 +44,8 @@ def read_hub(
         split: Split, or part of one in the Hub's words (``train[:10%]``).
         choose: Given the names of all columns, those worth reading.
         streaming: Read over the network row by row instead of downloading the split first.
+        start: The ``after`` of the row to go on from. What stands before it is passed over without being read where
+            the stream can do that, else read again.
 
     Raises:
         DataError: The Hub cannot be reached, or has no such dataset, configuration or split.
@@ -51,12 +58,12 @@ def read_hub(
     except Exception as error:  # `datasets` raises whatever its file systems and builders raise
         raise DataError(_explain(name, config_name, split, error)) from error
     try:
-        yield from _rows(dataset, f"{name}[{split}]", choose)
+        yield from _rows(dataset, f"{name}[{split}]", choose, start)
     except (OSError, RuntimeError) as error:
         raise DataError(f'dataset "{name}", split "{split}": reading it failed: {_first_line(error)}') from error
 
 
-def read_saved(folder: Path, split: str, choose: ChooseColumns) -> Iterator[Row]:
+def read_saved(folder: Path, split: str, choose: ChooseColumns, start: Place = None) -> Iterator[Row]:
     """Rows of a dataset that ``save_to_disk`` wrote. Raises DataError where it is damaged or lacks the split."""
     import datasets
 
@@ -68,7 +75,7 @@ def read_saved(folder: Path, split: str, choose: ChooseColumns) -> Iterator[Row]
         if split not in dataset:
             raise DataError(f'{folder}: no split "{split}"; it has {", ".join(dataset)}')
         dataset = dataset[split]
-    yield from _rows(dataset, str(folder), choose)
+    yield from _rows(dataset, str(folder), choose, start)
 
 
 def eval_split(name: str, config_name: str | None, train_split: str) -> str | None:
@@ -85,11 +92,21 @@ def eval_split(name: str, config_name: str | None, train_split: str) -> str | No
     return next((split for split in EVAL_SPLITS if split in splits and split != train_split), None)
 
 
-def _rows(dataset: Any, name: str, choose: ChooseColumns) -> Iterator[Row]:
+def _rows(dataset: Any, name: str, choose: ChooseColumns, start: Place) -> Iterator[Row]:
     # A stream may come without a schema; then its rows have the names.
     columns = dataset.column_names
-    for number, row in enumerate(dataset if columns is None else dataset.select_columns(list(choose(columns))), 1):
-        yield Row(f"{name}: row {number}", row)
+    dataset = dataset if columns is None else dataset.select_columns(list(choose(columns)))
+    num_passed = start["row"] if start else 0
+    has_state = hasattr(dataset, "state_dict")
+    if start and has_state:
+        dataset.load_state_dict(start["state"])
+    elif start and (not hasattr(dataset, "__len__") or num_passed < len(dataset)):
+        dataset = dataset.skip(num_passed)
+    elif start:
+        return  # tables refuse to be cut at their very end
+    for number, row in enumerate(dataset, num_passed + 1):
+        after = {"row": number, "state": dataset.state_dict()} if has_state else {"row": number}
+        yield Row(f"{name}: row {number}", row, after)
 
 
 @contextmanager

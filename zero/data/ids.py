@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ MAX_BATCH_RECORDS = 512
 # Between two words or lines tokenizers of the GPT-2 kind never put a token, so that cutting there changes none. (Others
 # may begin the second part with a blank: one token in fifty thousand of a long text.)
 _SEAM = re.compile(r"\S\n(?=\S)|\S(?= \S)")
+_warned_about: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Frame:
@@ -31,7 +33,8 @@ class Frame:
         self.start: TokenIds = np.array(framed[:at], np.int32)
         self._suffix: TokenIds = np.array(framed[at + len(probe) :], np.int32)
         self._eos_id: int | None = tokenizer.eos_token_id
-        if self._eos_id is None and not len(self._suffix):
+        if self._eos_id is None and not len(self._suffix) and tokenizer not in _warned_about:
+            _warned_about.add(tokenizer)
             logger.warning("data: the tokenizer has no end-of-sequence token: nothing marks where documents end")
 
     def end(self, ids: TokenIds) -> TokenIds:
@@ -75,12 +78,19 @@ def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
         yield batch
 
 
-def _parts(text: str) -> Iterator[tuple[str, bool]]:
-    start = 0
-    while len(text) - start > MAX_BATCH_CHARS:
-        seam = _SEAM.search(text, start + MAX_BATCH_CHARS)
+def text_parts(text: str, num_chars: int) -> list[str]:
+    """A text in parts of ``num_chars`` and a little more each, cut where no token stands across; at least one part."""
+    parts, start = [], 0
+    while len(text) - start > num_chars:
+        seam = _SEAM.search(text, start + num_chars)
         if seam is None or seam.end() == len(text):
             break
-        yield text[start : seam.end()], False
+        parts.append(text[start : seam.end()])
         start = seam.end()
-    yield text[start:], True
+    return [*parts, text[start:]]
+
+
+def _parts(text: str) -> Iterator[tuple[str, bool]]:
+    *parts, last = text_parts(text, MAX_BATCH_CHARS)
+    yield from ((part, False) for part in parts)
+    yield last, True

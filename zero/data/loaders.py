@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +19,14 @@ from zero.data.locate import is_hub_name
 from zero.data.packing import TokenDataset
 from zero.data.records import Problems
 from zero.data.resumable import Batch, ResumableLoader, worker_seed
-from zero.data.sampler import ResumableSampler
+from zero.data.sampler import RankBatches, ResumableSampler
 from zero.data.settings import DataSettings, Settings, Sources
-from zero.data.sources import BUILTIN, ReadOptions, RecordSet, load_records
-from zero.data.split import hold_out
+from zero.data.sources import BUILTIN, Position, ReadOptions, RecordReader, RecordSet, load_records
+from zero.data.split import hold_out, hold_out_first
+from zero.data.stream_loader import StreamingLoader
+from zero.data.streaming import SequenceStream, ShuffledStream
 from zero.data.tokenise import EncodeOptions, EncodeReport, encode_records, is_text, pack
+from zero.errors import DataError
 
 logger = logging.getLogger("zero")
 
@@ -29,17 +36,18 @@ class DataBundle:
     """Everything a run reads.
 
     Attributes:
-        train_loader: Batches to learn, with ``state_dict`` and ``load_state_dict``.
-        eval_loader: Held-out batches, in order, every token once; None where nothing is held out.
-        train_dataset: Its sequences; ``train_dataset[0]`` is a sample to show.
-        eval_dataset: Those of ``eval_loader``.
+        train_loader: This rank's batches to learn, with ``state_dict`` and ``load_state_dict``.
+        eval_loader: This rank's held-out batches, every token once over all ranks; None where nothing is held out.
+        train_dataset: All ranks' sequences; ``train_dataset[0]`` is a sample to show. With ``data.streaming`` only the
+            first ones, which are read ahead so that data that cannot be used are refused before training.
+        eval_dataset: All ranks' sequences for evaluation.
         kind: "text", "prompt" or "messages".
         summary: A line on each of the two for the log.
         problems: Records that were skipped.
         report: What tokenising did to the training records.
     """
 
-    train_loader: ResumableLoader
+    train_loader: ResumableLoader | StreamingLoader
     eval_loader: DataLoader[Batch] | None
     train_dataset: TokenDataset
     eval_dataset: TokenDataset | None
@@ -49,14 +57,14 @@ class DataBundle:
     report: EncodeReport
 
     @property
-    def num_train_tokens(self) -> int:
-        """Tokens of an epoch of training, padding excluded."""
-        return self.train_dataset.num_tokens
+    def num_train_tokens(self) -> int | None:
+        """Tokens of an epoch of training, padding excluded; None where they are not known before they are read."""
+        return None if isinstance(self.train_loader, StreamingLoader) else self.train_dataset.num_tokens
 
     @property
-    def num_train_loss_tokens(self) -> int:
+    def num_train_loss_tokens(self) -> int | None:
         """Those of them that are predicted in the loss."""
-        return self.train_dataset.num_loss_tokens
+        return None if isinstance(self.train_loader, StreamingLoader) else self.train_dataset.num_loss_tokens
 
     @property
     def num_eval_tokens(self) -> int:
@@ -70,15 +78,24 @@ class DataBundle:
 
 
 def build_dataloaders(
-    config: Settings, tokenizer: Any, model_max_positions: int | None = None, vocab_size: int | None = None
+    config: Settings,
+    tokenizer: Any,
+    model_max_positions: int | None = None,
+    vocab_size: int | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> DataBundle:
-    """Reads, tokenises and packs what the config names.
+    """Reads, tokenises and packs what the config names; with ``data.streaming`` only the first of it.
+
+    Every rank reads the data itself and needs no other for it, so that all of them meet the same errors.
 
     Args:
         config: With sections ``data`` and ``train``.
         tokenizer: A transformers tokenizer.
         model_max_positions: Most tokens the model reads at once. None: no limit.
         vocab_size: Rows of the model's embedding. None: not checked.
+        rank: The number of the rank that the loaders are for.
+        num_ranks: How many ranks share the data.
 
     Raises:
         DataError: The data cannot be trained on; says file, line and what to do.
@@ -86,27 +103,122 @@ def build_dataloaders(
     data = config.data
     options = EncodeOptions(data.seq_length, data.packing, data.loss_on_prompt, vocab_size, model_max_positions)
     options.check()
-    problems = Problems(data.on_error)
-    train_set = load_records(data.train, _read_options(data, data.train_split, data.max_samples), problems=problems)
-    eval_set = _load_eval(data, problems)
-    encoded, report = encode_records(train_set.records, tokenizer, options, problems)
-    if eval_set is not None:
-        train_dataset = pack(encoded, is_text(train_set.records), options)
-        held_out, _ = encode_records(eval_set.records, tokenizer, options, problems)
-        eval_dataset: TokenDataset | None = pack(held_out, is_text(eval_set.records), options)
-    elif data.eval_fraction > 0:
-        train_dataset, eval_dataset = hold_out(encoded, is_text(train_set.records), data.eval_fraction, options)
-    else:
-        train_dataset, eval_dataset = pack(encoded, is_text(train_set.records), options), None
-    _log(problems, report, data.seq_length)
-    summary = [_summary("train", train_set.source, train_dataset)]
-    if eval_dataset is not None:
-        eval_source = f"a part of {train_set.source}" if eval_set is None else eval_set.source
-        summary.append(_summary("eval", eval_source, eval_dataset))
-    train_loader, eval_loader = _loaders(config, train_dataset, eval_dataset, pad_id(tokenizer, vocab_size))
-    return DataBundle(
-        train_loader, eval_loader, train_dataset, eval_dataset, train_set.kind, tuple(summary), problems, report
-    )
+    builder = _Builder(config, tokenizer, options, pad_id(tokenizer, vocab_size), rank, num_ranks)
+    return builder.streamed() if data.streaming else builder.read()
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    config: Settings
+    tokenizer: Any
+    options: EncodeOptions
+    pad_token_id: int
+    rank: int
+    num_ranks: int
+
+    def read(self) -> DataBundle:
+        """All data are read before training."""
+        data, options = self.config.data, self.options
+        problems = Problems(data.on_error)
+        train_set = load_records(data.train, _read_options(data, data.train_split, data.max_samples), problems=problems)
+        eval_set = _load_eval(data, problems)
+        encoded, report = encode_records(train_set.records, self.tokenizer, options, problems)
+        if eval_set is not None:
+            train_dataset = pack(encoded, is_text(train_set.records), options)
+            held_out, _ = encode_records(eval_set.records, self.tokenizer, options, problems)
+            eval_dataset: TokenDataset | None = pack(held_out, is_text(eval_set.records), options)
+        elif data.eval_fraction > 0:
+            train_dataset, eval_dataset = hold_out(encoded, is_text(train_set.records), data.eval_fraction, options)
+        else:
+            train_dataset, eval_dataset = pack(encoded, is_text(train_set.records), options), None
+        _log(problems, report, data.seq_length)
+        summary = [_summary("train", train_set.source, train_dataset)]
+        if eval_dataset is not None:
+            eval_source = f"a part of {train_set.source}" if eval_set is None else eval_set.source
+            summary.append(_summary("eval", eval_source, eval_dataset))
+        train_loader = self._train_loader(train_dataset)
+        eval_loader = self._eval_loader(eval_dataset)
+        return DataBundle(
+            train_loader, eval_loader, train_dataset, eval_dataset, train_set.kind, tuple(summary), problems, report
+        )
+
+    def streamed(self) -> DataBundle:
+        """Only what is held out and the first sequences are read now."""
+        config, data, options = self.config, self.config.data, self.options
+        # What is met ahead of training is met again in it, and counted there anew.
+        problems = Problems(data.on_error, at_once=True)
+        ahead = RecordReader(data.train, _read_options(data, data.train_split, data.max_samples), problems)
+        start, records, eval_source = Position(), [], f"the first records of {ahead.source}"
+        eval_set = _load_eval(data, problems)
+        if eval_set is not None:
+            records, eval_source = eval_set.records, eval_set.source
+        elif data.eval_fraction > 0:
+            records, start = hold_out_first(ahead, data.eval_fraction)
+        eval_dataset = None
+        if records:
+            encoded, _ = encode_records(records, self.tokenizer, options, problems)
+            eval_dataset = pack(encoded, is_text(records), options)
+        peek = SequenceStream(ahead, self.tokenizer, options, problems, start)
+        first = next(peek.sequences(), None)
+        if first is None:
+            raise DataError(f"{ahead.source}: no record to train on has a token to learn")
+        _log(problems, peek.report, data.seq_length)
+        own_problems = Problems(data.on_error, at_once=True)
+        reader = RecordReader(data.train, _read_options(data, data.train_split, data.max_samples), own_problems)
+        source = SequenceStream(reader, self.tokenizer, options, own_problems, start)
+        train_loader = StreamingLoader(
+            ShuffledStream(source, config.train.seed, data.shuffle_buffer if data.shuffle else 1),
+            Collator(self.pad_token_id),
+            config.train.per_device_train_batch_size,
+            _identity(config, options, reader, start, first.dataset),
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            num_workers=data.num_workers,
+            num_records=data.max_samples,
+        )
+        summary = [f"train: sequences of up to {data.seq_length:,} tokens, read while training from {reader.source}"]
+        if eval_dataset is not None:
+            summary.append(_summary("eval", eval_source, eval_dataset))
+        eval_loader = self._eval_loader(eval_dataset)
+        return DataBundle(
+            train_loader, eval_loader, first.dataset, eval_dataset, peek.kind, tuple(summary), problems, peek.report
+        )
+
+    def _train_loader(self, dataset: TokenDataset) -> ResumableLoader:
+        data, train = self.config.data, self.config.train
+        return ResumableLoader(
+            dataset,
+            ResumableSampler(len(dataset), train.seed, shuffle=data.shuffle),
+            train.seed,
+            batch_size=train.per_device_train_batch_size,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            collate_fn=Collator(self.pad_token_id),
+            num_workers=data.num_workers,
+        )
+
+    def _eval_loader(self, dataset: TokenDataset | None) -> DataLoader[Batch] | None:
+        if dataset is None:
+            return None
+        data, train = self.config.data, self.config.train
+        return DataLoader(
+            dataset,
+            batch_sampler=EvaluationBatches(len(dataset), train.per_device_eval_batch_size, self.rank, self.num_ranks),
+            collate_fn=Collator(self.pad_token_id),
+            num_workers=data.num_workers,
+            generator=torch.Generator().manual_seed(worker_seed(train.seed, 0)),
+        )
+
+
+class EvaluationBatches(RankBatches):
+    """Every sequence once over all ranks, in order; a rank may have a batch fewer than another, or none."""
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int, num_ranks: int) -> None:
+        super().__init__(ResumableSampler(num_samples, shuffle=False), batch_size, rank, num_ranks, fill=False)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.place.seek(0, 0)  # each pass is a whole one, also after one that was broken off
+        return super().__iter__()
 
 
 def _read_options(data: DataSettings, split: str, max_samples: int | None) -> ReadOptions:
@@ -145,30 +257,27 @@ def _hub_name(source: Sources) -> str | None:
     return None
 
 
-def _loaders(
-    config: Settings, train_dataset: TokenDataset, eval_dataset: TokenDataset | None, pad_token_id: int
-) -> tuple[ResumableLoader, DataLoader[Batch] | None]:
-    data, train = config.data, config.train
-    collate = Collator(pad_token_id)
-    sampler = ResumableSampler(len(train_dataset), train.seed, shuffle=data.shuffle)
-    train_loader = ResumableLoader(
-        train_dataset,
-        sampler,
-        train.seed,
-        batch_size=train.per_device_train_batch_size,
-        collate_fn=collate,
-        num_workers=data.num_workers,
-    )
-    if eval_dataset is None:
-        return train_loader, None
-    eval_loader: DataLoader[Batch] = DataLoader(
-        eval_dataset,
-        batch_size=train.per_device_eval_batch_size,
-        collate_fn=collate,
-        num_workers=data.num_workers,
-        generator=torch.Generator().manual_seed(worker_seed(train.seed, 0)),
-    )
-    return train_loader, eval_loader
+def _identity(
+    config: Settings, options: EncodeOptions, reader: RecordReader, start: Position, first: TokenDataset
+) -> dict[str, Any]:
+    """By what a stream is known again: what a place in it hangs on. Files count by name and length."""
+    data = config.data
+    units = [
+        [unit.name, unit.stat().st_size if unit.is_file() else 0] if isinstance(unit, Path) else unit
+        for unit in reader.units()
+    ]
+    settings = [
+        [data.dataset_config, data.train_split, data.format, data.text_column, data.max_samples, data.on_error],
+        [options.seq_length, options.packing, options.loss_on_prompt],
+        [units, start.num_records, first.fingerprint],
+    ]
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return {
+        "seed": config.train.seed,
+        "shuffle": data.shuffle,
+        "shuffle_buffer": data.shuffle_buffer if data.shuffle else 1,
+        "fingerprint": digest,
+    }
 
 
 def _summary(name: str, source: str, dataset: TokenDataset) -> str:

@@ -26,11 +26,15 @@ class TokenRecord:
         where: Origin for messages: ``file:line``.
         token_ids: [tokens].
         in_loss: [tokens], True where the token is to be learned; None: all are.
+        begins: False: it is plain text that goes on from the record before.
+        ends: False: it is plain text that the next record goes on with.
     """
 
     where: str
     token_ids: TokenIds
     in_loss: LossMask | None = None
+    begins: bool = True
+    ends: bool = True
 
     @property
     def num_learned(self) -> int:
@@ -115,10 +119,57 @@ def pack_windows(records: Sequence[TokenRecord], seq_length: int) -> TokenDatase
     """Cuts each record by itself: a long one becomes several sequences, no sequence holds parts of two."""
     flat, in_loss = _joined(records)
     starts, offset = [np.zeros(1, np.int64)], 0
-    for record in records:
-        starts.append(_cuts(len(record.token_ids), seq_length)[1:] + offset)
-        offset += len(record.token_ids)
+    num_tokens = 0
+    for position, record in enumerate(records):
+        num_tokens += len(record.token_ids)
+        if record.ends or position == len(records) - 1:
+            starts.append(_cuts(num_tokens, seq_length)[1:] + offset)
+            offset, num_tokens = offset + num_tokens, 0
     return TokenDataset(flat, in_loss, np.concatenate(starts))
+
+
+class StreamPacker:
+    """Lays plain text that comes bit by bit out as ``pack_stream`` and ``pack_windows`` lay it out as a whole.
+
+    Args:
+        seq_length: Most tokens of a sequence.
+        packing: Join records into one stream; else each is cut by itself.
+
+    Attributes:
+        carry: [tokens], at most ``seq_length + 1`` that belong to no sequence yet.
+    """
+
+    def __init__(self, seq_length: int, packing: bool) -> None:
+        self._seq_length = seq_length
+        self._packing = packing
+        self.carry: TokenIds = np.zeros(0, np.int32)
+
+    def add(self, records: Sequence[TokenRecord]) -> TokenDataset:
+        """The sequences that are sure with these records; the rest is carried."""
+        parts: list[TokenIds] = []
+        cuts = [np.zeros(1, np.int64)]
+        for record in records:
+            self._take(np.concatenate([self.carry, record.token_ids]), record.ends and not self._packing, parts, cuts)
+        return self._laid_out(parts, cuts)
+
+    def finish(self) -> TokenDataset:
+        """The sequence that is left, if any, at the end of the data."""
+        parts: list[TokenIds] = []
+        cuts = [np.zeros(1, np.int64)]
+        self._take(self.carry, True, parts, cuts)
+        return self._laid_out(parts, cuts)
+
+    def _take(self, flat: TokenIds, is_whole: bool, parts: list[TokenIds], cuts: list[npt.NDArray[np.int64]]) -> None:
+        # Two tokens are kept back: a last sequence of one would take another from the one before (see `_cuts`).
+        num_sure = len(flat) if is_whole else max(len(flat) - 2, 0) // self._seq_length * self._seq_length
+        if num_sure > 1:  # nothing can be learned of a single token
+            cuts.append(_cuts(num_sure, self._seq_length)[1:] + cuts[-1][-1])
+            parts.append(flat[:num_sure])
+        self.carry = flat[num_sure:]
+
+    @staticmethod
+    def _laid_out(parts: list[TokenIds], cuts: list[npt.NDArray[np.int64]]) -> TokenDataset:
+        return TokenDataset(np.concatenate([np.zeros(0, np.int32), *parts]), None, np.concatenate(cuts))
 
 
 def pack_whole(records: Sequence[TokenRecord], seq_length: int) -> TokenDataset:

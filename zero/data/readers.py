@@ -1,35 +1,31 @@
-"""One reader for each kind of data file: from bytes to rows with named columns, each with its place in the file."""
+"""One reader for each kind of data file: from bytes to rows with named columns, each with its place in the file.
+
+Every reader takes the place to start from, which is None for the beginning or the ``after`` of a row that it gave
+before: rows that follow are the same as they were then. All but ``.json`` (and ``.txt`` as one text) are read bit by bit.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from zero.data.columns import describe
-from zero.data.files import UTF8_BOM, BadFile, decode, line_of_bad_byte, opened, read_all
+from zero.data.files import UTF8_BOM, decode, line_of_bad_byte, opened, read_all
+from zero.data.ids import text_parts
 from zero.data.records import BadRecord, Problems
+from zero.data.rows import ChooseColumns, Place, Row
+from zero.data.tables import read_csv, read_parquet
 
-PARQUET_BATCH_ROWS = 1024
+# A .txt file that is streamed is cut into texts of about this length.
+PIECE_CHARS = 1 << 16
+_READ_BYTES = 1 << 18
 
-
-class Row(NamedTuple):
-    """One row of a file: where it stands (``file:line``) and its columns."""
-
-    where: str
-    columns: Mapping[str, Any]
-
-
-# Given the names of all columns, those worth reading.
-ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
-Reader = Callable[[Path, Problems, ChooseColumns], Iterator[Row]]
+Reader = Callable[[Path, Problems, ChooseColumns, Place], Iterator[Row]]
 
 
-def read_txt(path: Path, problems: Problems, choose: ChooseColumns) -> Iterator[Row]:
+def read_txt(path: Path, problems: Problems, choose: ChooseColumns, start: Place = None) -> Iterator[Row]:
     """The whole file as one text: language models learn it as one stream. CRLF becomes LF; all else stays."""
     data = read_all(path)
     try:
@@ -41,19 +37,66 @@ def read_txt(path: Path, problems: Problems, choose: ChooseColumns) -> Iterator[
         yield Row(f"{path}:1", {"text": text.replace("\r\n", "\n")})
 
 
-def read_jsonl(path: Path, problems: Problems, choose: ChooseColumns) -> Iterator[Row]:
-    """One JSON object a line; blank lines are passed over."""
+def read_txt_pieces(path: Path, problems: Problems, choose: ChooseColumns, start: Place = None) -> Iterator[Row]:
+    """The same text in pieces, cut between words: ``begins`` and ``ends`` say which is the first and which the last."""
+    place = start or {"byte": 0, "line": 1}
+    begins = place["byte"] == 0
     with opened(path) as handle:
-        first_byte = 0
-        for number, raw in enumerate(handle, 1):
-            where, line = f"{path}:{number}", raw.removeprefix(UTF8_BOM) if number == 1 else raw
+        handle.seek(place["byte"])
+        pending, rest, is_end = "", b"", False
+        while not is_end:
+            read = handle.read(_READ_BYTES)
+            is_end = not read
+            try:
+                text, rest = _decoded(rest + read, place["byte"] + len(pending.encode()), is_end)
+            except BadRecord as error:
+                line = place["line"] + pending.count("\n") + line_of_bad_byte(rest + read) - 1
+                problems.add(f"{path}:{line}", str(error))
+                text, is_end = "", True
+            *pieces, pending = text_parts(pending + text, PIECE_CHARS)
+            for piece in [*pieces, pending] if is_end else pieces:
+                text = piece.removeprefix("\ufeff") if place["byte"] == 0 else piece
+                place, where = _after(place, piece), f"{path}:{place['line']}"
+                if text:  # there is none at the very end of the file, where one that was read is gone on with
+                    columns = {
+                        "text": text.replace("\r\n", "\n"),
+                        "begins": begins,
+                        "ends": is_end and piece is pending,
+                    }
+                    yield Row(where, columns, place)
+                    begins = False
+
+
+def _decoded(data: bytes, first_byte: int, is_end: bool) -> tuple[str, bytes]:
+    """Text, and the bytes of a character that is not all there yet."""
+    whole = len(data)
+    if not is_end:
+        # A character has at most four bytes; all but its first begin with the bits 10.
+        while whole > max(len(data) - 4, 0) and data[whole - 1] & 0xC0 == 0x80:
+            whole -= 1
+        whole -= whole > 0 and data[whole - 1] >= 0xC0
+    return decode(data[:whole], first_byte), data[whole:]
+
+
+def _after(place: Place, text: str) -> Place:
+    return {"byte": place["byte"] + len(text.encode()), "line": place["line"] + text.count("\n")}
+
+
+def read_jsonl(path: Path, problems: Problems, choose: ChooseColumns, start: Place = None) -> Iterator[Row]:
+    """One JSON object a line; blank lines are passed over."""
+    place = start or {"byte": 0, "line": 1}
+    with opened(path) as handle:
+        handle.seek(place["byte"])
+        for raw in handle:
+            first_byte, where = place["byte"], f"{path}:{place['line']}"
+            line = raw if first_byte else raw.removeprefix(UTF8_BOM)
+            place = {"byte": first_byte + len(raw), "line": place["line"] + 1}
             try:
                 if line.strip():
                     text = decode(line.rstrip(b"\r\n"), first_byte + len(raw) - len(line))
-                    yield Row(where, _json_object(text))
+                    yield Row(where, _json_object(text), place)
             except BadRecord as error:
                 problems.add(where, str(error))
-            first_byte += len(raw)
 
 
 def _json_object(text: str) -> Mapping[str, Any]:
@@ -79,8 +122,17 @@ def _excerpt(text: str, position: int) -> str:
     return repr(("..." if start else "") + text[start:end] + ("..." if end < len(text.rstrip()) else ""))
 
 
-def read_json(path: Path, problems: Problems, choose: ChooseColumns) -> Iterator[Row]:
+def read_json(path: Path, problems: Problems, choose: ChooseColumns, start: Place = None) -> Iterator[Row]:
     """A list of objects, an object with one such list in it, or (as many sets are named so) JSON lines."""
+    if isinstance(start, dict):
+        yield from read_jsonl(path, problems, choose, start)
+        return
+    for number, row in enumerate(_rows_of_json(path, problems, choose), 1):
+        if number > (start or 0):
+            yield row if row.after else Row(row.where, row.columns, number)
+
+
+def _rows_of_json(path: Path, problems: Problems, choose: ChooseColumns) -> Iterator[Row]:
     data = read_all(path)
     try:
         text = decode(data)
@@ -147,72 +199,6 @@ def _skip_blank(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
-
-
-def read_csv(path: Path, problems: Problems, choose: ChooseColumns) -> Iterator[Row]:
-    """Comma-separated (.tsv: tab-separated) values; the first row names the columns."""
-    data = read_all(path)
-    try:
-        text = decode(data)
-    except BadRecord as error:
-        problems.add(f"{path}:{line_of_bad_byte(data)}", str(error))
-        return
-    delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    # The limit is the process's own: lifted while a file is read, because one field may hold a whole book.
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        yield from _csv_rows(path, reader, problems)
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _csv_rows(path: Path, reader: Any, problems: Problems) -> Iterator[Row]:
-    header: list[str] | None = None
-    while True:
-        where = f"{path}:{reader.line_num + 1}"
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            problems.add(where, f"broken CSV: {error} (is a quote left open?); what follows could not be read")
-            return
-        if fields is None:
-            return
-        if not fields:
-            continue
-        if header is None:
-            header = [name.strip() for name in fields]
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                problems.add(where, f'the header names column "{twice[0]}" more than once')
-                return
-        elif len(fields) != len(header):
-            problems.add(
-                where, f"{len(fields)} fields in a table of {len(header)} columns (is a comma or quote missing?)"
-            )
-        else:
-            yield Row(where, dict(zip(header, (field.replace("\r\n", "\n") for field in fields), strict=True)))
-
-
-def read_parquet(path: Path, problems: Problems, choose: ChooseColumns) -> Iterator[Row]:
-    """Rows of a Parquet file; only the columns chosen are read."""
-    # Takes half a second to import, and comes with `datasets`.
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    with opened(path):
-        pass
-    number = 0
-    try:
-        with pq.ParquetFile(path) as table:
-            columns = list(choose(table.schema_arrow.names))
-            for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns):
-                for columns_of_row in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}: row {number}", columns_of_row)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadFile(f"not a Parquet file, or a damaged one, after row {number}: {reason}") from error
 
 
 READERS: dict[str, Reader] = {

@@ -22,10 +22,14 @@ class TextRecord:
     Attributes:
         where: Origin for messages: ``file:line``.
         text: As in the file, line structure included.
+        begins: False: it goes on from the record before it, of which it is the next piece.
+        ends: False: the next record is its next piece.
     """
 
     where: str
     text: str
+    begins: bool = True
+    ends: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +75,13 @@ class Problems:
         on_error: ``"skip"`` leaves bad records out and counts them; anything else refuses them all.
         num_bad: Records that could not be used so far.
         examples: The first of them, each as "where: what".
+        at_once: Refuse the first one when it is met, for data that are read while training.
     """
 
     on_error: str = "raise"
     num_bad: int = 0
     examples: list[str] = field(default_factory=list)
+    at_once: bool = False
 
     @property
     def skip(self) -> bool:
@@ -91,6 +97,8 @@ class Problems:
         self.num_bad += 1
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(f"{where}: {what}")
+            if self.at_once:
+                self.raise_if_refused()
         elif not self.skip:
             self.raise_if_refused()
 

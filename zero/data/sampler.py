@@ -1,15 +1,18 @@
-"""The order of samples, and where in it training is."""
+"""The order of samples, where in it training is, and which of them a rank gets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from zero.errors import DataError
+
+T = TypeVar("T")
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -> npt.NDArray[np.int64]:
@@ -86,3 +89,57 @@ class ResumableSampler(Sampler[int]):
                     f"{getattr(self, name)}: it cannot go on from there. Use the same data and settings, or start anew"
                 )
         self.seek(int(state["epoch"]), int(state["index"]))
+
+
+def rank_part(samples: Sequence[T], rank: int, num_ranks: int) -> Sequence[T]:
+    """A rank's part of a global micro-batch: contiguous, as even as possible; empty where there are more ranks than
+    samples. A full micro-batch of B x W samples gives each of W ranks its B."""
+    share, rest = divmod(len(samples), num_ranks)
+    start = rank * share + min(rank, rest)
+    return samples[start : start + share + (rank < rest)]
+
+
+class RankBatches(Sampler[list[int]]):
+    """A rank's batches of indices, from the present place to the end of the epoch.
+
+    The order of samples does not depend on the number of ranks: micro-batch after micro-batch, the next
+    ``batch_size * num_ranks`` samples of it are divided among the ranks. The last ones of an epoch may be fewer.
+
+    Args:
+        place: Where in which order; goes on as batches are drawn.
+        batch_size: Samples of a full micro-batch on one rank.
+        rank: This one's number.
+        num_ranks: How many there are.
+        fill: Whether a rank that is left without a sample gets the first one of the micro-batch, to be read but not
+            learned: its index is given as ``-1 - index`` (see ``BlankableDataset``). Else it gets no batch.
+    """
+
+    def __init__(
+        self, place: ResumableSampler, batch_size: int, rank: int = 0, num_ranks: int = 1, fill: bool = True
+    ) -> None:
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank {rank} of {num_ranks}: it must be from 0 to below the number of ranks")
+        if batch_size < 1:
+            raise ValueError(f"a batch of {batch_size} samples; at least one is needed")
+        self.place = place
+        self.batch_size = batch_size
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.fill = fill
+
+    @property
+    def num_global(self) -> int:
+        """Samples of a full micro-batch on all ranks together."""
+        return self.batch_size * self.num_ranks
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch; with ``fill`` the same on all ranks."""
+        num_full, rest = divmod(self.place.num_samples, self.num_global)
+        return num_full + (rest > (0 if self.fill else self.rank))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = iter(self.place)
+        while whole := list(itertools.islice(indices, self.num_global)):
+            part = list(rank_part(whole, self.rank, self.num_ranks))
+            if part or self.fill:
+                yield part or [-1 - whole[0]]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from zero.data.columns import FORMATS, BadColumns, ColumnPlan, plan_columns
 from zero.data.files import BadFile
 from zero.data.hub import read_hub, read_saved
 from zero.data.locate import SUFFIXES, find_files, is_hub_name
-from zero.data.readers import Row, is_plain_text, reader_for
+from zero.data.readers import is_plain_text, read_txt_pieces, reader_for
 from zero.data.records import BadRecord, Problems, Record, TextRecord
+from zero.data.rows import Place, Row
 from zero.data.sample import builtin_documents
 from zero.errors import DataError
 
@@ -31,7 +34,7 @@ class ReadOptions:
         split: Split of a Hub dataset.
         format: "auto", "text", "prompt" or "messages".
         text_column: Column of plain text; settles the format where given.
-        streaming: Read only the first ``max_samples`` rows of a Hub dataset over the network, and no more of it.
+        streaming: Read a Hub dataset row by row over the network, and .txt files in pieces, each a record.
         max_samples: Stop after this many records.
     """
 
@@ -41,6 +44,33 @@ class ReadOptions:
     text_column: str | None = None
     streaming: bool = False
     max_samples: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where in the sources reading is: after so many records.
+
+    Attributes:
+        num_records: Records read so far.
+        unit: Number of the file or dataset, in the order they are read.
+        place: Where in it, in its reader's own terms; None: its beginning.
+        columns: The names of the columns by which its rows are understood, where they have been settled.
+    """
+
+    num_records: int = 0
+    unit: int = 0
+    place: Place = None
+    columns: tuple[str, ...] | None = None
+
+    def as_json(self) -> list[Any]:
+        """What ``from_json`` reads."""
+        return [self.num_records, self.unit, self.place, None if self.columns is None else list(self.columns)]
+
+    @classmethod
+    def from_json(cls, value: Sequence[Any]) -> Position:
+        """The position that ``as_json`` wrote."""
+        num_records, unit, place, columns = value
+        return cls(int(num_records), int(unit), place, None if columns is None else tuple(columns))
 
 
 @dataclass(slots=True)
@@ -82,17 +112,9 @@ def load_records(
         DataError: Something is missing, unreadable, damaged or not of a known form (says file, line and what to do);
             or there is no record at all.
     """
-    options = ReadOptions() if options is None else options
-    if options.format not in FORMATS:
-        raise DataError(f'data.format = "{options.format}": allowed are {", ".join(FORMATS)}')
-    if options.streaming and options.max_samples is None:
-        raise DataError("data.streaming = true: set data.max_samples as well, the number of records to read")
-    sources = _as_list(source)
-    loader = _Loader(options, RecordSet(", ".join(sources), Problems(on_error) if problems is None else problems))
-    for one in sources:
-        if not loader.full:
-            loader.load(one)
-    return loader.finish()
+    reader = RecordReader(source, options, Problems(on_error) if problems is None else problems)
+    records = [record for record, _ in reader.records()]
+    return reader.finish(records)
 
 
 def _as_list(source: Source | Sequence[Source] | None) -> list[str]:
@@ -102,81 +124,130 @@ def _as_list(source: Source | Sequence[Source] | None) -> list[str]:
     return [str(one) for one in sources]
 
 
-class _Loader:
-    """Fills a record set, file after file."""
+class RecordReader:
+    """Reads records one by one, from the beginning or from a position.
 
-    def __init__(self, options: ReadOptions, result: RecordSet) -> None:
-        self._options = options
-        self._result = result
-        self._problems = result.problems
+    Args:
+        source: As for ``load_records``.
+        options: How to read it.
+        problems: Takes what cannot be used.
+
+    Attributes:
+        source: As the user named it.
+        kind: "text", "prompt" or "messages", once the first record is read.
+        num_blank: Records without any text so far, which are passed over.
+
+    Raises:
+        DataError: Nothing is named, or the format is not known.
+    """
+
+    def __init__(
+        self, source: Source | Sequence[Source] | None, options: ReadOptions | None, problems: Problems
+    ) -> None:
+        self._options = ReadOptions() if options is None else options
+        if self._options.format not in FORMATS:
+            raise DataError(f'data.format = "{self._options.format}": allowed are {", ".join(FORMATS)}')
+        self._sources = _as_list(source)
+        self._problems = problems
         # The columns are found anew for each file, and must lead to the same kind of record.
         self._plan: ColumnPlan | None = None
+        self._columns: tuple[str, ...] | None = None
+        self.source = ", ".join(self._sources)
+        self.kind = ""
+        self.num_blank = 0
 
-    @property
-    def full(self) -> bool:
-        """True once as many records as asked for are read."""
-        limit = self._options.max_samples
-        return limit is not None and len(self._result.records) >= limit
+    def units(self) -> Iterator[str | Path]:
+        """Files and datasets in the order they are read; files are looked for only when their turn comes.
 
-    def load(self, source: str) -> None:
-        """Reads one source of any kind."""
-        options = self._options
-        if source == BUILTIN:
-            documents = (Row(f"{BUILTIN}: document {i}", {"text": d}) for i, d in enumerate(builtin_documents(), 1))
-            self._read(source, documents, plain_text=True)
-        elif is_hub_name(source):
-            self._read(
-                source, read_hub(source, options.config_name, options.split, self._choose, streaming=options.streaming)
-            )
-        else:
-            for path in find_files(source):
-                if self.full:
+        Raises:
+            DataError: There is no such file.
+        """
+        for source in self._sources:
+            if source == BUILTIN or is_hub_name(source):
+                yield source
+            else:
+                yield from find_files(source)
+
+    def records(self, start: Position | None = None) -> Iterator[tuple[Record, Position]]:
+        """Records with the position after each, until ``max_samples`` are read, those before ``start`` counted.
+
+        Raises:
+            DataError: Something is missing, unreadable, damaged or not of a known form.
+        """
+        start = start or Position()
+        num_records, limit = start.num_records, self._options.max_samples
+        if limit is not None and num_records >= limit:
+            return
+        for number, unit in enumerate(self.units()):
+            if number < start.unit:
+                continue
+            first = start if number == start.unit else Position()
+            for record, place in self._records_of(unit, first):
+                num_records += 1
+                yield record, Position(num_records, number, place, self._columns)
+                if num_records == limit:
                     return
-                if path.is_dir():
-                    self._read(str(path), read_saved(path, options.split, self._choose))
-                    continue
-                reader = reader_for(path)
-                if reader is None:
-                    raise DataError(f"{path}: not a known kind of data file; known are {SUFFIXES}")
-                self._read(str(path), reader(path, self._problems, self._choose), plain_text=is_plain_text(path))
 
-    def _read(self, name: str, rows: Iterable[Row], plain_text: bool = False) -> None:
-        self._plan = None
-        num_bad, num_rows, where = self._problems.num_bad, 0, name
+    def _records_of(self, unit: str | Path, start: Position) -> Iterator[tuple[Record, Place]]:
+        self._plan = self._columns = None
+        if start.columns is not None:
+            self._settle(start.columns)
+        num_bad, num_rows, where = self._problems.num_bad, 0, str(unit)
         try:
+            rows, plain_text = self._open(unit, start.place)
             for row in rows:
                 num_rows, where = num_rows + 1, row.where
-                self._take(row, plain_text)
-                if self.full:
-                    return
+                record = self._record_of(row, plain_text)
+                if record is not None:
+                    yield record, row.after
         except BadFile as error:
-            self._problems.add(name, str(error))
+            self._problems.add(str(unit), str(error))
         except BadColumns as error:
             if not self._problems.skip:
                 raise DataError(f"{where}: {error}") from error
             self._problems.add(where, str(error))
-        if not num_rows and num_bad == self._problems.num_bad:
-            self._problems.add(name, "empty: there is no record in it")
+        if not num_rows and num_bad == self._problems.num_bad and start.place is None:
+            self._problems.add(str(unit), "empty: there is no record in it")
 
-    def _take(self, row: Row, plain_text: bool) -> None:
+    def _open(self, unit: str | Path, start: Place) -> tuple[Iterable[Row], bool]:
+        """A unit's rows, and whether they are plain text."""
+        options = self._options
+        if unit == BUILTIN:
+            documents = enumerate(builtin_documents(), 1)
+            return (Row(f"{unit}: document {i}", {"text": d}, i) for i, d in documents if i > (start or 0)), True
+        if isinstance(unit, str):
+            return (
+                read_hub(unit, options.config_name, options.split, self._choose, options.streaming, start),
+                False,
+            )
+        if unit.is_dir():
+            return read_saved(unit, options.split, self._choose, start), False
+        reader = reader_for(unit)
+        if reader is None:
+            raise DataError(f"{unit}: not a known kind of data file; known are {SUFFIXES}")
+        if is_plain_text(unit) and options.streaming:
+            reader = read_txt_pieces
+        return reader(unit, self._problems, self._choose, start), is_plain_text(unit)
+
+    def _record_of(self, row: Row, plain_text: bool) -> Record | None:
+        """A row's record; None where it is blank or cannot be used, which is noted."""
         try:
             record = self._text(row) if plain_text else self._record(row)
         except BadRecord as error:
             if isinstance(error, BadColumns) and not self._problems.skip:
                 raise  # every further row would say the same
             self._problems.add(row.where, str(error))
-        else:
-            if record is None:
-                self._result.num_blank += 1
-            else:
-                self._result.records.append(record)
+            return None
+        self.num_blank += record is None
+        return record
 
     def _text(self, row: Row) -> Record | None:
         if self._options.format not in ("auto", "text"):
             raise BadColumns(f'plain text has no columns, but data.format = "{self._options.format}"')
         self._agree("text", row.where)
-        text = str(row.columns["text"])
-        return TextRecord(row.where, text) if text.strip() else None
+        record = TextRecord(row.where, **row.columns)
+        is_whole = record.begins and record.ends
+        return None if is_whole and not record.text.strip() else record
 
     def _record(self, row: Row) -> Record | None:
         plan = self._plan or self._settle(list(row.columns))
@@ -184,19 +255,19 @@ class _Loader:
         return plan.build(row.where, row.columns)
 
     def _agree(self, kind: str, where: str) -> None:
-        if self._result.kind not in ("", kind):
+        if self.kind not in ("", kind):
             raise DataError(
-                f'{where}: holds records of kind "{kind}", but those before are of kind "{self._result.kind}". Train '
+                f'{where}: holds records of kind "{kind}", but those before are of kind "{self.kind}". Train '
                 "on one kind at a time, or set data.format"
             )
-        self._result.kind = kind
+        self.kind = kind
 
     def _settle(self, columns: Sequence[str]) -> ColumnPlan:
         plan = plan_columns(columns, self._options.format, self._options.text_column)
         unused = [name for name in ("text", "prompt", "messages") if name in columns and name not in plan.columns]
-        if unused:
+        if unused and self._columns is None:
             logger.info("data: reading %s; not used: %s", " + ".join(plan.columns), ", ".join(unused))
-        self._plan = plan
+        self._plan, self._columns = plan, tuple(columns)
         return plan
 
     def _choose(self, columns: Sequence[str]) -> Sequence[str]:
@@ -204,17 +275,16 @@ class _Loader:
         plan = self._settle(columns)
         return [*plan.columns, *(name for name in plan.optional if name in columns)]
 
-    def finish(self) -> RecordSet:
+    def finish(self, records: list[Record]) -> RecordSet:
         """Checks what was read as a whole.
 
         Raises:
             DataError: Bad records that are not to be skipped, or no usable record.
         """
         self._problems.raise_if_refused()
-        result = self._result
-        if not result.records:
+        if not records:
             skipped = self._problems.summary()
-            if result.num_blank and skipped is None:
-                raise DataError(f"{result.source}: every record is blank ({result.num_blank} in all)")
-            raise DataError(f"{result.source}: no usable record" + (f"\n{skipped}" if skipped else ""))
-        return result
+            if self.num_blank and skipped is None:
+                raise DataError(f"{self.source}: every record is blank ({self.num_blank} in all)")
+            raise DataError(f"{self.source}: no usable record" + (f"\n{skipped}" if skipped else ""))
+        return RecordSet(self.source, self._problems, self.kind, records, self.num_blank)

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zero.data.packing import TokenDataset, TokenRecord
+from zero.data.records import Record
 from zero.data.sampler import epoch_order
+from zero.data.sources import Position, RecordReader
+from zero.data.streaming import count_chars
 from zero.data.tokenise import EncodeOptions, pack
 from zero.errors import DataError
 
 # Not the run's seed: runs that differ in their seed are evaluated on the same part.
 SPLIT_SEED = 0
+# Of data that are read while training, a fraction of the first of them is held out: of so many records, or of so many
+# characters' worth.
+FIRST_RECORDS = 10_000
+FIRST_CHARS = 1 << 24
 
 
 def hold_out(
@@ -61,6 +68,38 @@ def _choose(weights: Sequence[int], fraction: float) -> set[int]:
             chosen.add(index)
             budget -= weights[index]
     return chosen or {min(range(len(weights)), key=lambda index: weights[index])}
+
+
+def hold_out_first(reader: RecordReader, fraction: float) -> tuple[list[Record], Position]:
+    """Holds the first records out, of data whose end is not known.
+
+    They are ``fraction`` of the first ``FIRST_RECORDS`` records, or of as many as there are: of the characters of plain
+    text, of the number of other records. Of a .txt file each piece counts as a record.
+
+    Returns:
+        The records, at least one, and the position after them, where training begins; at least one is left for it.
+
+    Raises:
+        DataError: There is too little to divide.
+    """
+    first: list[tuple[Record, Position]] = []
+    num_chars = 0
+    for record, position in reader.records():
+        first.append((record, position))
+        num_chars += count_chars(record)
+        if len(first) == FIRST_RECORDS or num_chars >= FIRST_CHARS:
+            break
+    if len(first) < 2:
+        reader.finish([record for record, _ in first])
+        raise _too_little(f"{len(first)} record")
+    text = reader.kind == "text"
+    weights = [count_chars(record) if text else 1 for record, _ in first]
+    budget, count = round(sum(weights) * fraction), 0
+    while count < len(first) - 1 and weights[count] <= budget:
+        budget -= weights[count]
+        count += 1
+    count = max(count, 1)
+    return [record for record, _ in first[:count]], first[count - 1][1]
 
 
 def _too_little(what: str) -> DataError:

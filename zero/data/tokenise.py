@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -118,21 +118,31 @@ def encode_records(
     if not records:
         raise DataError("data: there is no record to train on")
     report = EncodeReport(num_records=len(records))
-    kept: list[TokenRecord] = []
-    for encoded in _tokenised(records, tokenizer, problems):
-        _check_vocabulary(encoded, tokenizer, options.vocab_size)
-        whole = TokenRecord(encoded.where, encoded.token_ids) if options.loss_on_prompt else encoded
-        short = whole if is_text(records) else _truncated(whole, options.seq_length, report)
-        if short.num_learned:
-            kept.append(short)
-        else:
-            report.num_masked += 1
-            problems.add(encoded.where, _why_masked(encoded, options.seq_length))
+    kept = list(learnable(records, tokenizer, options, problems, report))
     problems.raise_if_refused()
     if not kept:
         skipped = problems.summary()
         raise DataError("data: no record has a token to learn" + (f"\n{skipped}" if skipped else ""))
     return kept, report
+
+
+def learnable(
+    records: Sequence[Record], tokenizer: Any, options: EncodeOptions, problems: Problems, report: EncodeReport
+) -> Iterator[TokenRecord]:
+    """Those of the records that something can be learned from, tokenised; the others go to ``problems``.
+
+    Raises:
+        DataError: A token id that the model has no embedding for; records of several kinds; no chat template.
+    """
+    for encoded in _tokenised(records, tokenizer, problems):
+        _check_vocabulary(encoded, tokenizer, options.vocab_size)
+        whole = replace(encoded, in_loss=None) if options.loss_on_prompt else encoded
+        short = whole if is_text(records) else _truncated(whole, options.seq_length, report)
+        if short.num_learned or not (short.begins and short.ends):
+            yield short
+        else:
+            report.num_masked += 1
+            problems.add(encoded.where, _why_masked(encoded, options.seq_length))
 
 
 def pack(records: Sequence[TokenRecord], text: bool, options: EncodeOptions) -> TokenDataset:
@@ -161,7 +171,9 @@ def _tokenised(records: Sequence[Record], tokenizer: Any, problems: Problems) ->
 def _tokenised_texts(records: Sequence[TextRecord], tokenizer: Any) -> Iterator[TokenRecord]:
     frame = Frame(tokenizer)
     for record, ids in zip(records, token_ids((record.text for record in records), tokenizer), strict=True):
-        yield TokenRecord(record.where, np.concatenate([frame.start, ids, frame.end(ids)]))
+        start = frame.start if record.begins else frame.start[:0]
+        end = frame.end(ids) if record.ends else ids[:0]
+        yield TokenRecord(record.where, np.concatenate([start, ids, end]), None, record.begins, record.ends)
 
 
 def _tokenised_prompts(records: Sequence[PromptRecord], tokenizer: Any) -> Iterator[TokenRecord]:

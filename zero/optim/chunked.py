@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from gemini.chunk import ChunkTensor
 from gemini.manager import Manager
+from gemini.tensor import ChunkTensor
 from zero.errors import UserError
 from zero.optim.elementwise import require_elementwise
 from zero.optim.shown import ShownStates

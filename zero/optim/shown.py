@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gemini.chunk import ChunkTensor
+from gemini.tensor import ChunkTensor
 
 State = dict[str, Any]
 

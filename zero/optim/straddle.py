@@ -9,32 +9,38 @@ from __future__ import annotations
 
 import torch
 
-from gemini.chunk import ChunkTensor
+from gemini.exchange import Shard
 from gemini.layout import Entry
 from gemini.segment import GRADIENT, Segment
 from gemini.store import Store, Tier
+from gemini.tensor import ChunkTensor
 
 BLOCK_NUMEL = 64
 """Elements, counted from the parameter's first; the unit in which torch's fused kernels divide work."""
 
 
-def whole_blocks(entry: Entry, left: int, right: int) -> tuple[int, int]:
-    """The part of ``[left, right)`` (chunk elements of one parameter) that consists of whole blocks."""
-    left += -(left - entry.offset) % BLOCK_NUMEL
-    if right < entry.stop:
+def whole_blocks(entry: Entry, shard: Shard, left: int, right: int) -> tuple[int, int]:
+    """The part of ``[left, right)`` (chunk elements of one parameter) that consists of whole blocks.
+
+    What the shard's own ends cut is left in: the rest of such a block is with another process.
+    """
+    if left > shard.start:
+        left += -(left - entry.offset) % BLOCK_NUMEL
+    if right < min(entry.stop, shard.stop):
         right -= (right - entry.offset) % BLOCK_NUMEL
     return left, right
 
 
 def cut_blocks(tensor: ChunkTensor) -> list[tuple[int, int]]:
-    """Blocks of a parameter with a segment border inside, in chunk elements."""
-    entry = tensor.entry
+    """Blocks of a parameter with a segment border inside, in chunk elements, as far as they are owned."""
+    entry, shard = tensor.entry, tensor.chunk.shard
+    last = min(entry.stop, shard.stop)
     starts: dict[int, None] = {}
     for _, _, border in tensor.chunk.pieces(entry.offset, entry.stop):
         beyond = (border - entry.offset) % BLOCK_NUMEL
-        if border < entry.stop and beyond:
-            starts[border - beyond] = None
-    return [(start, min(start + BLOCK_NUMEL, entry.stop)) for start in starts]
+        if border < last and beyond:
+            starts[max(border - beyond, shard.start)] = None
+    return [(start, min(start + BLOCK_NUMEL, last)) for start in starts]
 
 
 def join(tensor: ChunkTensor, start: int, stop: int) -> Segment:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from gemini.chunk import Chunk, ChunkTensor
+from gemini.chunk import Chunk
 from gemini.plan import ChunkFacts
 from gemini.segment import GRADIENT, MASTER, Segment
 from gemini.store import Store, Tier
+from gemini.tensor import ChunkTensor
 from gemini.transfer import Transfer
 from zero.optim.elementwise import run, shadow_of
 from zero.optim.native import NativeKernel
@@ -91,6 +92,7 @@ class ChunkUpdater:
     def forget(self, tensor: ChunkTensor) -> None:
         """The tensor has no states any more: its next update is its first."""
         self.scalars.pop(tensor, None)
+        tensor.chunk.before_change()
         for segment, left, right in tensor.chunk.pieces(tensor.entry.offset, tensor.entry.stop):
             for key in self.keys.keys() & segment.companions.keys():
                 segment.companions[key][left - segment.start : right - segment.start].zero_()
@@ -113,6 +115,7 @@ class ChunkUpdater:
         """
         if not any(tensor.has_gradient and tensor in self._groups for tensor in chunk.tensors):
             return
+        chunk.before_change()
         before = {tensor: self.scalars.get(tensor) for tensor in chunk.tensors}
         for segment in chunk.segments:
             with self._on(segment):
@@ -123,9 +126,29 @@ class ChunkUpdater:
         for tensor in chunk.tensors:
             if tensor.has_gradient and self._rounds_by_position(tensor):
                 self._joint_steps(tensor, factor, before)
+        self._count_elsewhere(chunk, before)
         for segment in chunk.segments:
             with self._on(segment):
                 self._publish(segment)
+
+    def _count_elsewhere(self, chunk: Chunk, before: dict[ChunkTensor, dict[str, Any] | None]) -> None:
+        """Step counts and the like of parameters that only others own a part of: all processes know the same of them.
+
+        Such scalars do not depend on values, so the optimizer runs on one element that nobody keeps.
+        """
+        for tensor in chunk.tensors:
+            owned = next(iter(chunk.pieces(tensor.entry.offset, tensor.entry.stop)), None) is not None
+            if owned or not tensor.has_gradient or tensor not in self._groups:
+                continue
+            one = {key: torch.zeros(1) for key in (MASTER, GRADIENT)}
+            one |= {key: torch.zeros(1, dtype=dtype) for key, dtype in self.keys.items() if before[tensor] is not None}
+            stand_in = Segment(0, 1, Tier.HOST, Tier.HOST, torch.empty(0), one)
+            known = set(one)
+            self._torch_step(stand_in, [Piece(tensor, 0, 1)], 1.0, before)
+            for key in stand_in.companions.keys() - known:
+                stand_in.drop(self._store, key)
+            if self._kernel is not None:
+                self.scalars[tensor] = {"step": torch.tensor(float(self.scalars[tensor]["step"]))}
 
     def _on(self, segment: Segment) -> contextlib.AbstractContextManager[Any]:
         on_device = segment.companion_tier is Tier.DEVICE
@@ -257,7 +280,7 @@ class ChunkUpdater:
             left = max(tensor.entry.offset, segment.start)
             right = min(tensor.entry.stop, segment.stop)
             if self._rounds_by_position(tensor):
-                left, right = whole_blocks(tensor.entry, left, right)
+                left, right = whole_blocks(tensor.entry, chunk.shard, left, right)
             if tensor.has_gradient and tensor in self._groups and left < right:
                 yield Piece(tensor, left - segment.start, right - segment.start)
 

@@ -1,0 +1,119 @@
+"""What a rank holds and reads falls with the number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.rank_case import make_model, share
+from tests.ranks import run_ranks
+
+MIB = 1 << 20
+
+
+def _model(hidden: int) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": hidden, "word_embed_proj_dim": hidden, "ffn_dim": 4 * hidden, "num_attention_heads": 4}
+    config = transformers.OPTConfig(
+        vocab_size=512, num_hidden_layers=4, max_position_embeddings=64, dropout=0.0, **shape
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+def hold(hidden: int, policy: str) -> dict[str, int]:
+    """Two steps in bf16; what the rank held."""
+    import torch.distributed as dist
+
+    import zero
+
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model = _model(hidden)
+    config = {
+        "device": {"type": "simulated", "memory": "64MiB"},
+        "memory": {"policy": policy, "chunk": "1MiB"},
+        "precision": {"dtype": "bf16", "reduce": "bf16"},
+    }
+    engine, *_ = zero.initialize(model, torch.optim.AdamW(model.parameters()), config=config)
+    for step in range(2):
+        engine.zero_grad()
+        engine.backward(engine(**share(step, 0, rank, num_ranks)).loss)
+        engine.step()
+    report = engine.memory_report()
+    device_bytes = sum(report.device_bytes_by_kind.values())
+    return {
+        "host_bytes": report.host_bytes,
+        "device_bytes": device_bytes,
+        "h2d_bytes": report.h2d_bytes,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def test_memory_of_a_rank_falls_with_their_number(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {}
+    for policy in ("cpu", "cuda"):
+        for num_ranks in (1, 2, 4):
+            ranks = run_ranks(hold, num_ranks, 128, policy, own_group=num_ranks > 1)
+            assert all(rank == ranks[0] for rank in ranks)
+            rows[policy, num_ranks] = ranks[0]
+    with capsys.disabled():
+        for (policy, num_ranks), row in rows.items():
+            held_bytes = row["host_bytes"] + row["device_bytes"]
+            print(
+                f"\n{policy:>5} {num_ranks} ranks: host {row['host_bytes']:>11,} device {row['device_bytes']:>11,} bytes, "
+                f"{held_bytes * num_ranks / row['num_parameters']:.2f} bytes a parameter over all ranks",
+                end="",
+            )
+    for policy in ("cpu", "cuda"):
+        alone = rows[policy, 1]
+        whole_bytes = alone["host_bytes"] + alone["device_bytes"]
+        for num_ranks in (2, 4):
+            row = rows[policy, num_ranks]
+            # What each rank has whole (small chunks), and padding, are a few KiB.
+            assert row["host_bytes"] + row["device_bytes"] < whole_bytes / num_ranks * 1.02 + 64 * 1024
+            assert row["h2d_bytes"] <= alone["h2d_bytes"] / num_ranks * 1.1 + 64 * 1024
+
+
+def read(folder: str) -> dict[str, Any]:
+    """Loads a folder; bytes that this rank read of it, and a digest of the model it got."""
+    import torch.distributed as dist
+    import transformers
+
+    import zero
+    from tests.rank_case import digest
+    from zero import safetensors_reader
+
+    num_bytes = 0
+    original = safetensors_reader.SafetensorsFile._fill
+
+    def counted(self: Any, stored: Any, flat: torch.Tensor, start: int) -> None:
+        nonlocal num_bytes
+        num_bytes += flat.nbytes
+        original(self, stored, flat, start)
+
+    safetensors_reader.SafetensorsFile._fill = counted  # type: ignore[method-assign]
+    with zero.ZeroInitContext():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    config = {"device": {"type": "cpu"}, "parallel": {"replicate": "1B"}, "memory": {"chunk": "64KiB"}}
+    engine, *_ = zero.initialize(model, torch.optim.AdamW(model.parameters()), config=config)
+    safetensors_reader.SafetensorsFile._fill = original  # type: ignore[method-assign]
+    held_bytes = engine.memory_report().device_bytes_by_kind
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return {"rank": rank, "num_bytes": num_bytes, "held": held_bytes, "digest": digest(engine.module.state_dict())}
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "mixtral"])
+def test_each_rank_reads_only_its_own_slices(family: str, tmp_path: Path) -> None:
+    model = make_model(family)
+    model.save_pretrained(tmp_path)
+    whole_bytes = sum(p.nbytes for p in model.parameters())
+    alone = run_ranks(read, 1, str(tmp_path), own_group=False)[0]
+    ranks = run_ranks(read, 4, str(tmp_path))
+    assert [rank["digest"] for rank in ranks] == [alone["digest"]] * 4
+    if family != "mixtral":  # whose experts transformers computes from several tensors while it loads
+        assert sum(rank["num_bytes"] for rank in ranks) == whole_bytes == alone["num_bytes"]
+        assert max(rank["num_bytes"] for rank in ranks) < 0.45 * whole_bytes
