@@ -25,7 +25,7 @@ _PRELOAD = ["torch.distributed", "transformers.models.opt.modeling_opt", "transf
             "pytest", "tests.reference", "zero.initializer", "zero.trainer", "zero.checkpoint"]  # fmt: skip
 
 
-_GRACE_S = 15.0
+_GRACE_S = 8.0
 """How long ranks may live on after another has failed; their own timeouts are shorter."""
 
 

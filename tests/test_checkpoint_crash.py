@@ -161,7 +161,7 @@ def _operations(scene: Scene) -> list[tuple[str, Path]]:
     return counting.log
 
 
-@pytest.mark.parametrize("name", _scenes("limited", "again"))
+@pytest.mark.parametrize("name", _scenes("again"))
 def test_killed_at_every_operation(tmp_path: Path, name: str, record_property: Any) -> None:
     """Killed before each operation, and in the middle of each write."""
     scene = Scene(tmp_path, name)

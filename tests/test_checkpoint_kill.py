@@ -120,7 +120,7 @@ def _copy(base: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.full)])
 def test_one_process_is_killed(tmp_path: Path, step: int, asynchronous: bool) -> None:
     folders = _alone(tmp_path, asynchronous, step)

@@ -110,10 +110,15 @@ class TestTrain:
         "arguments",
         [
             pytest.param((), id="plain"),
-            pytest.param(("--data.max_samples", "1", "--train.save_steps", "1"), id="at the end of an epoch"),
+            pytest.param(
+                ("--data.max_samples", "1", "--train.save_steps", "1"),
+                id="at the end of an epoch",
+                marks=pytest.mark.full,
+            ),
             pytest.param(
                 ("--data.max_samples", "1", "--train.save_steps", "1", "--train.gradient_accumulation_steps", "3"),
                 id="accumulating, last window short",
+                marks=pytest.mark.full,
             ),
             pytest.param(
                 ("--precision.dtype", "fp16", "--precision.initial_scale", "1e30", "--precision.max_scale", "1e38"),

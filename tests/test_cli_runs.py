@@ -47,6 +47,7 @@ class TestExtending:
         assert losses[0] == losses[1]
         assert weights(extended) == weights(whole)
 
+    @pytest.mark.full
     def test_an_extended_run_takes_the_rates_of_the_longer_schedule(self, tmp_path: Path) -> None:
         """The shorter run ended at a rate of 0, which is what its checkpoint holds."""
         falling = ("--scheduler.name", "linear", "--scheduler.warmup_ratio", "0", "--optimizer.lr", "1e-3")

@@ -110,7 +110,9 @@ def _rate_far_too_high() -> Callable[[Trainer, Engine], None]:
 TROUBLES = {"losses of nan": _losses_of_nan, "ruined weights": _ruined_weights, "rate far too high": _rate_far_too_high}
 
 
-@pytest.mark.parametrize("name", TROUBLES)
+@pytest.mark.parametrize(
+    "name", ["ruined weights", *(pytest.param(n, marks=pytest.mark.full) for n in TROUBLES if n != "ruined weights")]
+)
 def test_a_divergence_is_mended(name: str, clean: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = _run(_config(tmp_path), TROUBLES[name]())
     assert trainer._progress.num_rollbacks == 1

@@ -122,6 +122,7 @@ class TestRealLaunches:
         assert said[0]["threads"] == str(max(1, cpu_count() // 2))
         assert said[0]["losses"][2] < said[0]["losses"][0]
 
+    @pytest.mark.full
     def test_under_torchrun(self, tmp_path: Path) -> None:
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
         code, out, err = finish(start(tmp_path, *torchrun, "-m", "zero", "run", script(tmp_path, SUM), "pass"))
@@ -177,6 +178,7 @@ class TestRealLaunches:
         code, out, err = finish(start(tmp_path, "-m", "zero", "run", *options, script(tmp_path, SUM), "refuse"))
         assert (code, out, err) == (2, "", "zero: not like this\n")
 
+    @pytest.mark.full
     def test_inside_a_slurm_step(self, tmp_path: Path) -> None:
         loop = script(tmp_path, SUM)
         step = {

@@ -161,7 +161,7 @@ class TestEvaluation:
         assert "or a lower train.per_device_eval_batch_size" in capsys.readouterr().err
         assert main(["plan", write_config(tmp_path), *large, "--data.eval_fraction", "0"]) == 0, "nothing to evaluate"
 
-    @pytest.mark.parametrize("policy", ["auto", "cuda"])
+    @pytest.mark.parametrize("policy", ["auto", pytest.param("cuda", marks=pytest.mark.full)])
     def test_the_capacity_at_the_edge_is_enough_for_evaluations(self, policy: str, tmp_path: Path) -> None:
         large = ("--train.per_device_eval_batch_size", "16", "--data.eval_fraction", "0.9", "--data.max_samples", "20")
         large = (*large, *SHORT, "--memory.policy", policy)

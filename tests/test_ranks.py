@@ -56,7 +56,7 @@ def test_ranks_train_as_one_process(family: str, num_ranks: int) -> None:
     _compare(num_ranks, family, _config())
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.full)])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy(policy: str, num_ranks: int) -> None:
     ranks = _compare(num_ranks, "opt", _config(policy))
@@ -66,26 +66,29 @@ def test_every_policy(policy: str, num_ranks: int) -> None:
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("policy", [None, "auto"])
+@pytest.mark.parametrize("policy", [pytest.param(None, marks=pytest.mark.full), "auto"])
 def test_accumulation_and_clipping(accumulation: int, clip: float | None, policy: str | None) -> None:
     _compare(2, "opt", _config(policy, clip), accumulation=accumulation)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("policy", [None, "auto", "cpu"])
+@pytest.mark.parametrize("policy", [None, "auto", pytest.param("cpu", marks=pytest.mark.full)])
 def test_parameters_that_only_some_ranks_use(policy: str | None, num_ranks: int) -> None:
     ranks = _compare(num_ranks, "one-sided", _config(policy))
     assert ranks[0]["num_apart"] > 0
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop", "NAdam", "Adagrad", "ASGD"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["SGD", "NAdam", *(pytest.param(n, marks=pytest.mark.full) for n in ("Adam", "RMSprop", "Adagrad", "ASGD"))],
+)
 def test_other_optimizers(optimizer: str) -> None:
     # Where a gradient should be zero it is rounding, which a small eps would blow up.
     options = {"SGD": {"momentum": 0.9}, "ASGD": {}}.get(optimizer, {"eps": 1e-3})
     _compare(2, "opt", _config(), optimizer=optimizer, options=options)
 
 
-@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"amsgrad": True}])
+@pytest.mark.parametrize("options", [{"fused": True}, pytest.param({"amsgrad": True}, marks=pytest.mark.full)])
 def test_torchs_own_arithmetic(options: dict[str, Any]) -> None:
     _compare(2, "opt", _config("cpu", optimizer={"kernel": "torch"}), options=options)
 

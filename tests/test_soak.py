@@ -23,7 +23,7 @@ def live(folder: str, num_ranks: int, life_s: float | None) -> bool:
 
     if life_s is not None:
         threading.Timer(life_s, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
-    config: dict[str, Any] = _config(Path(folder), 1, 0, num_ranks, save_total_limit=2)
+    config: dict[str, Any] = _config(Path(folder), 1, 0, num_ranks, 20, save_total_limit=2)
     config["parallel"]["timeout"] = 10
     Trainer(load_config(config)).run()
     return True
@@ -35,8 +35,9 @@ def _weights(folder: Path) -> bytes:
 
 @pytest.mark.parametrize(
     ("num_ranks", "num_kills"),
-    [(1, 4), pytest.param(2, 30, marks=pytest.mark.full), pytest.param(1, 105, marks=pytest.mark.full)],
+    [(2, 30), (1, 105)],
 )
+@pytest.mark.full
 @pytest.mark.timeout(3000)
 def test_killed_over_and_over(
     num_ranks: int, num_kills: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
