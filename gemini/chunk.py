@@ -290,6 +290,10 @@ class Chunk(Holdings):
         """Where several processes train together, afterwards all know the same of every gradient."""
         self._exchange.settle_gradients()
 
+    def before_forgetting(self) -> None:
+        """Call it before gradients are dropped, which other processes may be about to add to."""
+        self._exchange.before_forgetting()
+
     def deliver(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
         """Sends a gradient straight to its owner, without a slot (the chunk is free, or resident)."""
         entry, first = tensor.entry, not tensor.has_gradient

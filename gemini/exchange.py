@@ -78,6 +78,9 @@ class Exchange:
     def settle_gradients(self) -> None:
         """Sees to it that all processes know the same of every gradient."""
 
+    def before_forgetting(self) -> None:
+        """Sees to it that no process drops gradients which another has sent for the next update already."""
+
     def read(self, chunk: Chunk, entry: Entry, key: str | None) -> torch.Tensor:
         """A host copy of one parameter's values (``key`` None) or companion, 1-D, in memory order.
 

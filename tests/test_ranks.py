@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.rank_case import NUM_STEPS, Job, make_model, share, train
+from tests.rank_case import NUM_STEPS, Job, digest, make_model, share, train
 from tests.ranks import run_ranks
 
 CPU = {"type": "cpu"}
@@ -134,3 +134,51 @@ def test_a_rank_with_nothing_to_learn_from(dtype: str) -> None:
         assert loss_scale == (1.0 if dtype == "fp32" else 1024.0)
         for name, value in alone.items():
             assert torch.allclose(weights[name], value, rtol=0, atol=1e-6 if dtype == "fp32" else 2e-3), name
+
+
+def interlude(kind: str) -> Any:
+    """Two steps with something between them that the ranks do not do alike."""
+    import torch.distributed as dist
+
+    import zero
+
+    rank = dist.get_rank()
+    model = make_model("opt")
+    config = {"device": SIMULATED, "memory": POLICIES["auto"], "parallel": DIVIDED}
+    engine, *_ = zero.initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-3), config=config)
+    for step in range(2):
+        engine.zero_grad()
+        engine.backward(engine(**share(step, 0, rank, 2)).loss)
+        engine.step()
+        prompt = torch.tensor([[2, 5, 7]])
+        if kind == "generation of other lengths":
+            engine.eval()
+            model.generate(prompt, max_new_tokens=3 + 4 * rank, do_sample=False)
+            engine.train()
+        elif kind == "evaluation on one rank" and rank == 0:
+            engine.eval()
+            with torch.no_grad():
+                engine(input_ids=prompt)
+            engine.train()
+        elif kind == "weights read on one rank" and rank == 1:
+            assert float(model.lm_head.weight.norm()) > 0
+            assert model.state_dict()
+        elif kind == "weights written by one rank":
+            with engine.gathered_parameters(), torch.no_grad():
+                if rank == 1:
+                    model.lm_head.weight[3].fill_(0.5)
+        engine.check_integrity()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    written = float(weights["lm_head.weight"][3].sum())
+    return digest(weights), written
+
+
+@pytest.mark.parametrize("kind", ["generation of other lengths", "evaluation on one rank", "weights read on one rank"])
+def test_what_ranks_do_apart_disturbs_nothing(kind: str) -> None:
+    assert run_ranks(interlude, 2, kind) == run_ranks(interlude, 2, "nothing")
+
+
+def test_what_one_rank_writes_counts_on_all() -> None:
+    first, second = run_ranks(interlude, 2, "weights written by one rank")
+    assert first == second
+    assert first[1] == 0.5 * 32

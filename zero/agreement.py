@@ -33,6 +33,7 @@ class Agreement:
 
     def __init__(self, ordered: Sequence[ChunkTensor | torch.Tensor]) -> None:
         self._ordered = ordered
+        self.is_alone = True
         self.is_first = True
         """Whether this one writes what is written once."""
 
@@ -42,6 +43,9 @@ class Agreement:
         Raises:
             UserError: they have not.
         """
+
+    def end(self) -> None:
+        """The engine is closed: there is nothing to agree on any more."""
 
     def doing(self, what: str, step: int) -> None:
         """What this rank does from now on, and for which step: said by the others if it falls silent."""
@@ -86,6 +90,7 @@ class RankAgreement(Agreement):
         self._manager = manager
         self._exchange = exchange
         self._world = exchange.world
+        self.is_alone = False
         self.is_first = self._world.rank == 0
         self._tensors = [tensor for tensor in ordered if isinstance(tensor, ChunkTensor)]
         self._num_seen = 0
@@ -109,6 +114,10 @@ class RankAgreement(Agreement):
                 "dtypes or which parameters are trained; build the same model on every rank"
             )
         device.capacity_bytes = min(word["capacity_bytes"] for word in said)
+
+    def end(self) -> None:
+        """Serves the others no more."""
+        self._exchange.detach()
 
     def doing(self, what: str, step: int) -> None:
         """What this rank does from now on, and for which step."""
@@ -187,7 +196,8 @@ class RankAgreement(Agreement):
         return agreed
 
     def statistics(self, inverse_scale: float) -> GradientStatistics:
-        """The norm over all ranks' parts, the same bits on every rank."""
+        """The norm over all ranks' parts, the same bits on every rank; the step will now use the gradients."""
+        self._exchange.has_stepped = True
         squares = torch.zeros(len(self._tensors) + 1, dtype=torch.float64)
         scratch: dict[torch.device, torch.Tensor] = {}
         for position, tensor in enumerate(self._tensors):

@@ -278,6 +278,7 @@ class Engine:
         self.manager.start_clock()
         self._micro_step = 0
         self._at_loader_end = False
+        self._agreement.settle_gradients()
         self.zero_grad()
         self.grad_norm, self.skipped_last_step = math.nan, True
         self.num_skipped_steps += 1
@@ -321,7 +322,10 @@ class Engine:
         if self._micro_step != 0:
             return
         self._hooks.settle_failed_pass()
-        if set_to_none:
+        had_any = any(tensor.has_gradient for tensor in self._tensors.values())
+        if had_any:
+            self.exchange.before_forgetting()
+        if set_to_none and (had_any or self._agreement.is_alone):
             self.manager.drop_gradients()
         for parameter in self._ordered:
             if not isinstance(parameter, ChunkTensor):
@@ -360,18 +364,9 @@ class Engine:
         """The current micro-batch is the loader's last: its ``step()`` acts even if the window is not full."""
         self._at_loader_end = at_end
 
-    @property
-    def _needs_plan(self) -> bool:
-        """Whether the next training pass makes a new plan first; set by who brings a trace from elsewhere."""
-        return self._planner.needs_plan
-
-    @_needs_plan.setter
-    def _needs_plan(self, value: bool) -> None:
-        self._planner.needs_plan = value
-
     def _backward_refusal(self, error: torch.OutOfMemoryError) -> Exception:
         """The same for a backward pass, which cannot be run again without the user's loss."""
-        if not self._planner.offload_everything():
+        if not self._planner.offload_everything() or not self._agreement.is_alone:
             return self._refusal(error)
         self._micro_step = 0
         self.zero_grad()
@@ -449,7 +444,7 @@ class Engine:
         self.meet("save_pretrained()")
 
     def close(self, keep_values: bool = True) -> None:
-        """Gives all memory back and leaves an ordinary module, with its trained values on the host, and optimizer.
+        """Gives all memory back; leaves an ordinary module, with its trained values on the host, and optimizer.
 
         Plain PyTorch, or another engine, can go on from there; in bf16 and fp16 without the fp32 master. With several
         ranks all must call it, and each gets the whole model.
@@ -470,6 +465,7 @@ class Engine:
             self.meet("close()")
         self._closed = True
         self._undo.close()
+        self._agreement.end()
 
     def _dissolve(self) -> None:
         """Chunk by chunk, so that nothing is held twice but one chunk."""

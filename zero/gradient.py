@@ -167,6 +167,9 @@ def forget_gradient(tensor: ChunkTensor) -> None:
     """The parameter has no gradient from now on; buffers stay for the next one."""
     _autograd_grad.__set__(tensor.parameter, None)
     tensor.parameter.__dict__.pop(_SHOWN, None)
+    if not tensor.has_gradient:
+        return  # what others may have sent already stays
+    tensor.chunk.before_forgetting()
     tensor.has_gradient = False
     if tensor.chunk.has_sums:  # what comes next is added there
         _fill_zero(tensor)
@@ -176,6 +179,7 @@ def zero_gradient(tensor: ChunkTensor) -> None:
     """The parameter's gradient, if it has one, is zero from now on."""
     tensor.parameter.__dict__.pop(_SHOWN, None)
     if tensor.has_gradient:
+        tensor.chunk.before_forgetting()
         _fill_zero(tensor)
 
 

@@ -116,6 +116,11 @@ class Request:
 
 
 _WORDS = 4
+_VERBS = (
+    *("step()", "skip_step()", "zero_grad()", "save_pretrained()", "close()", "evaluation", "looking at gradients"),
+    *("the run folder", "the end of a window", "the end of the program"),
+)
+"""Where ranks meet, so that each can name what the others have come to; the user's own are added as they come."""
 
 
 def number_of(name: str | None) -> int:
@@ -140,9 +145,11 @@ class RankExchange(Exchange):
         self._clock: Callable[[], int] = int
         self._chunks: list[Chunk] = []
         self._device: Device = HostDevice()
-        self._names: dict[int, str] = {}
+        self._names = {number_of(verb): verb for verb in _VERBS}
         self.on_settle: Callable[[], None] = lambda: None
         """Called before the user looks at gradients."""
+        self.has_stepped = False
+        """The gradients have been used: each rank will drop them, and none may begin anew before all have come."""
         self.num_rounds = 0
         self.num_apart = 0
         """Exchanges in which not all ranks wanted the same."""
@@ -151,6 +158,12 @@ class RankExchange(Exchange):
         """Serves the others from the manager's chunks, from now on."""
         self._chunks, self._device = manager.chunks, manager.device
         self._clock = lambda: manager.clock
+        self.world.at_end = lambda: self.meet("the end of the program")
+
+    def detach(self) -> None:
+        """Serves nobody any more."""
+        self._chunks = []
+        self.world.at_end = lambda: None
 
     def shard(self, layout: ChunkLayout) -> Shard:
         """What this rank owns."""
@@ -173,6 +186,12 @@ class RankExchange(Exchange):
     def settle_gradients(self) -> None:
         """Sees to it that all ranks know the same of every gradient."""
         self.on_settle()
+
+    def before_forgetting(self) -> None:
+        """Waits for all ranks, once after each step: what the first would send next, the last would drop."""
+        if self.has_stepped:
+            self.has_stepped = False
+            self.meet("zero_grad()")
 
     def read(self, chunk: Chunk, entry: Entry, key: str | None) -> torch.Tensor:
         """A host copy of one parameter's values or companion, of all ranks' parts."""

@@ -203,8 +203,9 @@ class Trainer:
         config, manager = self.config, engine.manager
         facts = engine.facts
         self._result.model_data_bytes = sum(f.value_bytes + f.companion_bytes for f in facts)
+        num_parameters = sum(chunk.numel for chunk in manager.chunks)
         rows = {
-            "model": f"{sum(f.numel for f in facts):,} parameters in {len(facts)} chunks, {config.precision.dtype}",
+            "model": f"{num_parameters:,} parameters in {len(facts)} chunks, {config.precision.dtype}",
             "device": f"{manager.device.name}, {format_bytes(manager.device.capacity_bytes)}",
             "model data": f"{format_bytes(self._result.model_data_bytes)} (parameters, gradients, optimizer states)",
             "policy": config.memory.policy,

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -65,6 +65,9 @@ class World:
         self._operation = "starting"
         self._store = PrefixStore("zero", _get_default_store())
         self._closing = threading.Event()
+        self._failed = False
+        self.at_end: Callable[[], None] = lambda: None
+        """Called before this rank leaves in good order: others may still need what it owns."""
         self._beating = threading.Thread(target=self._beat, name="zero-alive", daemon=True)
         self._beating.start()
         with self.operation("meeting the other ranks"):
@@ -113,6 +116,7 @@ class World:
         """This rank cannot go on: leaves word, so that the others name the cause."""
         if self._closing.is_set():
             return
+        self._failed = True
         problem = str(error) if isinstance(error, PeerLostError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(Exception):
             self._store.set(f"failed/{self.rank}", self._said(problem))
@@ -187,9 +191,14 @@ class World:
         return [json.loads(bytes(part[: int(length)].numpy())) for part, length in zip(parts, lengths, strict=True)]
 
     def close(self) -> None:
-        """Leaves the groups that were made here."""
+        """Waits for the others, serving them, unless something has failed; leaves the groups that were made here."""
         if self._closing.is_set():
             return
+        if not self._failed:
+            try:
+                self.at_end()
+            except (PeerLostError, UserError) as error:  # whoever it concerns says so, and louder
+                logger.info("%s", error)
         self._closing.set()
         self._beating.join()
         if self._owns_group:

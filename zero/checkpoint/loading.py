@@ -245,4 +245,4 @@ def _restore_trace(engine: Engine, saved: Saved, keys: list[JSON]) -> None:
     """A trace is taken over where it is true, and on all ranks or on none: they plan alike."""
     trace = trace_from(saved.trace) if all(key == saved.trace_key for key in keys) else None
     if trace is not None:
-        engine.manager.trace, engine._needs_plan = trace, True
+        engine.manager.trace, engine._planner.needs_plan = trace, True

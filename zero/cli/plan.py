@@ -41,7 +41,9 @@ def plan_text(config: Config) -> tuple[str, bool]:
 
 def _byte_rows(config: Config, planned: PlannedRun, capacity_bytes: int) -> list[tuple[str, str]]:
     dry, facts = planned.dry, planned.dry.facts
-    rows = [
+    num_ranks = config.parallel.data or 1
+    rows = [("ranks", f"{num_ranks}; the figures below are those of each")] if num_ranks > 1 else []
+    rows += [
         ("model data", f"{format_bytes(sum(f.value_bytes + f.companion_bytes for f in facts))} {_kinds(facts)}"),
         ("activations and temporaries", format_bytes(dry.trace.non_model_peak_bytes) + " at the highest"),
     ]
@@ -78,6 +80,8 @@ def _byte_rows(config: Config, planned: PlannedRun, capacity_bytes: int) -> list
     host = f"{format_bytes(planned.host_peak_bytes)} of {format_bytes(planned.host_available_bytes)} {host_source}"
     if planned.plan is not None:
         host += f" at the highest, {format_bytes(planned.host_bytes)} once everything is in its place"
+    if num_ranks > 1:
+        host += f", which {num_ranks} ranks share"
     rows.append(("host", host + (", pinned" if pinned else "")))
     rows.append(("disk", "0 B"))
     return rows
