@@ -324,3 +324,11 @@ def test_importing_the_config_loads_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_old_words_can_be_imported_from_where_the_error_says(tmp_path: Path) -> None:
+    file = tmp_path / "old.py"
+    file.write_text(
+        "from zero import AMP_TYPE, BucketTensorShardStrategy, TensorShardStrategy\nfp16 = dict(mode=AMP_TYPE.TORCH)\n"
+    )
+    assert load_config(file).precision.dtype == "fp16"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zero.config.legacy import BucketTensorShardStrategy, TensorShardStrategy
+from zero.config.legacy import AMP_TYPE, BucketTensorShardStrategy, TensorShardStrategy
 from zero.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from zero.launcher import launch, launch_from_torch
 
 __all__ = [
+    "AMP_TYPE",
     "BucketTensorShardStrategy",
     "ConfigError",
     "DataError",

@@ -150,6 +150,7 @@ class RankExchange(Exchange):
         """Called before the user looks at gradients."""
         self.has_stepped = False
         """The gradients have been used: each rank will drop them, and none may begin anew before all have come."""
+        self._is_broken = False
         self.num_rounds = 0
         self.num_apart = 0
         """Exchanges in which not all ranks wanted the same."""
@@ -180,7 +181,13 @@ class RankExchange(Exchange):
         self._ask(Want.GATHER, chunk.index)
 
     def reduce(self, chunk: Chunk, runs: Sequence[Run]) -> None:
-        """Brings gradients to their owners; what is sent is averaged over the ranks."""
+        """Brings gradients to their owners; what is sent is averaged over the ranks.
+
+        After an exchange that failed on this rank nobody waits for its gradients any more: they are dropped, so that
+        clearing up does not hide the error.
+        """
+        if self._is_broken:
+            return
         self._ask(Want.REDUCE, chunk.index, runs=runs)
 
     def settle_gradients(self) -> None:
@@ -224,14 +231,21 @@ class RankExchange(Exchange):
     ) -> None:
         """Takes part in rounds until this rank's own wish is met."""
         mine = Request(want, chunk, what, 0 if want is Want.MEET else self._clock())
-        with self.world.operation(self._describe(mine)):
-            while True:
-                requests = self._round(mine)
-                if all(request.want is Want.MEET for request in requests):
-                    self._check_meeting(requests)
-                    return
-                if self._serve(requests, runs, into):
-                    return
+        try:
+            with self.world.operation(self._describe(mine)):
+                self._take_part(mine, runs, into)
+        except BaseException:
+            self._is_broken = True
+            raise
+
+    def _take_part(self, mine: Request, runs: Sequence[Run], into: torch.Tensor | None) -> None:
+        while True:
+            requests = self._round(mine)
+            if all(request.want is Want.MEET for request in requests):
+                self._check_meeting(requests)
+                return
+            if self._serve(requests, runs, into):
+                return
 
     def _round(self, mine: Request) -> list[Request]:
         self.num_rounds += 1
