@@ -1,6 +1,6 @@
 """Saves that are killed and files that are damaged: transformers' Trainer and this project, side by side.
 
-    python benchmarks/trainer_reliability.py [--every N]
+    python benchmarks/trainer_reliability.py [--every N] [--only PROGRAM]
 
 Both fine-tune the same tiny OPT for six steps and save at steps 2, 4 and 6. In the first matrix a process is killed with
 SIGKILL at a file operation of its last save (opening for writing, making a directory, renaming, fsync), one operation
@@ -217,9 +217,13 @@ def main() -> None:
     """Prints both matrices of both programs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th kill point (1)")
-    every = parser.parse_args().every
+    parser.add_argument("--only", choices=sorted(PROGRAMS), help="one of the two")
+    given = parser.parse_args()
+    every = given.every
     torch.set_num_threads(1)
     for name, program in PROGRAMS.items():
+        if given.only not in (None, name):
+            continue
         for what, outcomes in (("killed", kill_matrix(program, every)), ("damaged", corruption_matrix(program))):
             rows = ", ".join(f"{outcome}: {count}" for outcome, count in outcomes.most_common())
             sys.stdout.write(f"{name}, {what}, {sum(outcomes.values())} cases: {rows}\n")
