@@ -342,3 +342,24 @@ __all__ = [
     "CountingFiles", "CrashingFiles", "FailingFiles", "PowerLossFiles", "Setting", "SimulatedCrash", "Trainer",
     "all_files", "batches", "differences", "everything", "forge", "forge_file", "tensor_file",
 ]  # fmt: skip
+
+
+def flip(position: float, bit: int) -> Callable[[bytes], bytes]:
+    """Changes one bit, at a position from 0 to 1."""
+
+    def changed(data: bytes) -> bytes:
+        written = bytearray(data)
+        written[min(int(position * len(data)), len(data) - 1)] ^= 1 << bit
+        return bytes(written)
+
+    return changed
+
+
+CORRUPTIONS: dict[str, Callable[[bytes], bytes | None]] = {
+    "deleted": lambda data: None,
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "one byte less": lambda data: data[:-1],
+    "one byte more": lambda data: data + b"\n",
+}
+"""What can happen to a file, wherever it is."""

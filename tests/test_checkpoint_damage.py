@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import checkpoint_helpers as helpers
 from tests.checkpoint_helpers import Setting, Trainer, all_files, batches, everything, forge, forge_file, tensor_file
 from zero.checkpoint import CheckpointError, codec, contents, find_latest, finding, verify
 from zero.checkpoint.problems import DamagedError
@@ -54,27 +55,14 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return tmp_path / "mine"
 
 
-def _flip(position: float, bit: int) -> Callable[[bytes], bytes]:
-    def flip(data: bytes) -> bytes:
-        changed = bytearray(data)
-        changed[min(int(position * len(data)), len(data) - 1)] ^= 1 << bit
-        return bytes(changed)
-
-    return flip
-
-
 CORRUPTIONS: dict[str, Callable[[bytes], bytes | None]] = {
-    "deleted": lambda data: None,
-    "empty": lambda data: b"",
-    "half": lambda data: data[: len(data) // 2],
-    "one byte less": lambda data: data[:-1],
-    "one byte more": lambda data: data + b"\n",
-    "first bit": _flip(0.0, 0),
-    **{f"bit at {position}": _flip(position, bit) for bit, position in enumerate((0.25, 0.4, 0.6, 0.75))},
-    "early bit": _flip(0.1, 5),
-    "middle bit": _flip(0.5, 3),
-    "late bit": _flip(0.9, 1),
-    "last bit": _flip(1.0, 7),
+    **helpers.CORRUPTIONS,
+    "first bit": helpers.flip(0.0, 0),
+    **{f"bit at {position}": helpers.flip(position, bit) for bit, position in enumerate((0.25, 0.4, 0.6, 0.75))},
+    "early bit": helpers.flip(0.1, 5),
+    "middle bit": helpers.flip(0.5, 3),
+    "late bit": helpers.flip(0.9, 1),
+    "last bit": helpers.flip(1.0, 7),
     "zeros": lambda data: bytes(len(data)),
 }
 
@@ -126,14 +114,14 @@ def test_every_bit_of_a_manifest_counts(saved: Path, folder: Path) -> None:
     path = folder / STEPS[1] / "manifest.json"
     good = path.read_bytes()
     for position in range(0, len(good), 97):
-        path.write_bytes(_flip(position / len(good), position % 8)(good))
+        path.write_bytes(helpers.flip(position / len(good), position % 8)(good))
         assert verify(path.parent), position
 
 
 def test_load_uses_the_previous_and_says_so(saved: Path, folder: Path) -> None:
     """Loading falls back; a checkpoint named by its own path does not, and both say which file."""
     damaged = tensor_file(folder / STEPS[1])
-    damaged.write_bytes(_flip(0.7, 2)(damaged.read_bytes()))
+    damaged.write_bytes(helpers.flip(0.7, 2)(damaged.read_bytes()))
     trainer = Trainer(Setting("llama"))
     state = trainer.load(folder)
     assert (state.step, state.path) == (1, folder / STEPS[0])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from tests import checkpoint_helpers as helpers
 from tests.checkpoint_helpers import differences
 from tests.checkpoint_ranks_case import files_of, make, place, train, whole_state
 from tests.ranks import run_ranks
@@ -20,22 +21,12 @@ logger = logging.getLogger("tests")
 OLD, NEW = "step-00000001", "step-00000002"
 
 
-def _flip(position: float, bit: int) -> Callable[[bytes], bytes]:
-    def flip(data: bytes) -> bytes:
-        changed = bytearray(data)
-        changed[min(int(position * len(data)), len(data) - 1)] ^= 1 << bit
-        return bytes(changed)
-
-    return flip
-
-
 CORRUPTIONS: dict[str, Callable[[bytes], bytes | None]] = {
-    "deleted": lambda data: None,
-    "empty": lambda data: b"",
-    "half": lambda data: data[: len(data) // 2],
-    "one byte less": lambda data: data[:-1],
-    "one byte more": lambda data: data + b"\n",
-    **{f"bit {bit} at {position}": _flip(position, bit) for bit, position in enumerate((0.0, 0.3, 0.55, 0.8, 1.0))},
+    **helpers.CORRUPTIONS,
+    **{
+        f"bit {bit} at {position}": helpers.flip(position, bit)
+        for bit, position in enumerate((0.0, 0.3, 0.55, 0.8, 1.0))
+    },
 }
 
 

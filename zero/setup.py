@@ -132,14 +132,7 @@ def take_over(
     _refuse_managed(units)
     _refuse_compiled(model)
     _require_dense_gradients(model)
-    wants_fp32 = _fp32_names(model, dtype)
-    unit_specs = [
-        UnitSpec(
-            unit.label, tuple(_spec(name, p, dtype, any(w in name for w in wants_fp32)) for name, p in unit.parameters)
-        )
-        for unit in units
-    ]
-    layouts = build_layout(unit_specs, config.memory.chunk)
+    layouts = build_layout(_unit_specs(model, units, dtype), config.memory.chunk)
     parameters = {name: p for unit in units for name, p in unit.parameters}
     store = Store(device, host)
     transfer = Transfer(device)
@@ -166,6 +159,16 @@ def take_over(
     facts = [_facts(chunk, config, state_bytes_per_numel, accumulates, exchange is not ALONE) for chunk in chunks]
     names = {id(p): name for name, p in parameters.items()}
     return Managed(Manager(store, transfer, chunks), units, tensors, names, facts)
+
+
+def _unit_specs(model: nn.Module, units: list[Unit], dtype: torch.dtype) -> list[UnitSpec]:
+    wants_fp32 = _fp32_names(model, dtype)
+    return [
+        UnitSpec(
+            unit.label, tuple(_spec(name, p, dtype, any(w in name for w in wants_fp32)) for name, p in unit.parameters)
+        )
+        for unit in units
+    ]
 
 
 def _facts(chunk: Chunk, config: Config, state_bytes_per_numel: int, accumulates: bool, many_ranks: bool) -> ChunkFacts:

@@ -115,13 +115,7 @@ def save_checkpoint(
         CheckpointError: something given cannot be stored, there is no room, or the file system refused, on whichever
             rank; every checkpoint that stood before still stands.
     """
-    if save_total_limit is not None and save_total_limit < 1:
-        raise CheckpointError(
-            f"save_total_limit = {save_total_limit}: at least 1 checkpoint must be kept, or None for all"
-        )
-    engine._require_open()
-    if engine.manager.phase is not Phase.IDLE:
-        raise CheckpointError("save_checkpoint() inside a forward or backward pass; call it after engine.step()")
+    _require_possible(engine, save_total_limit)
     engine._agreement.meet("save_checkpoint()")
     engine.synchronize()
     engine.manager.settle_idle_reads()
@@ -143,6 +137,14 @@ def save_checkpoint(
     if jobs[0].gradients or any(fact["gradients"] for fact in facts):
         save.write_gradients()
     return save.run_in_background(engine)
+
+
+def _require_possible(engine: Engine, limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise CheckpointError(f"save_total_limit = {limit}: at least 1 checkpoint must be kept, or None for all")
+    engine._require_open()
+    if engine.manager.phase is not Phase.IDLE:
+        raise CheckpointError("save_checkpoint() inside a forward or backward pass; call it after engine.step()")
 
 
 def _prepare(
