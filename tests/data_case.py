@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from hypothesis import settings
 from tokenizers import pre_tokenizers
 
 from zero.data.packing import TokenDataset
+from zero.data.resumable import Batch
 from zero.data.tokenizer import builtin_tokenizer
 
+T = TypeVar("T")
 # Without a deadline: the machine's other work is no failure of ours.
 PROPERTY = settings(max_examples=40, deadline=None)
 
@@ -88,3 +92,25 @@ def config(train: Any, *, batch: int = 4, seed: int = 0, **data: Any) -> Any:
         data=SimpleNamespace(train=train, **{**fields, **data}),
         train=SimpleNamespace(per_device_train_batch_size=batch, per_device_eval_batch_size=batch, seed=seed),
     )
+
+
+def micro_steps(
+    learned: Callable[[Batch], list[T]], loaders: Sequence[Any], num_steps: int
+) -> list[tuple[list[list[T]], Any]]:
+    """What each rank learns in each micro-step, over as many epochs as it takes, and the place after it.
+
+    Args:
+        learned: what counts in a batch.
+        loaders: one for each rank.
+        num_steps: how many.
+    """
+    steps: list[tuple[list[list[T]], Any]] = []
+    while len(steps) < num_steps:
+        for batches in zip(*loaders, strict=True):
+            states = [loader.state_dict() for loader in loaders]
+            assert all(state == states[0] for state in states)
+            # As a checkpoint writes the place.
+            steps.append(([learned(batch) for batch in batches], json.loads(json.dumps(states[0]))))
+            if len(steps) == num_steps:
+                break
+    return steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from cli_case import comparable_metrics, listing, train, weights, write_config
 
 from zero import trainer
+from zero.checkpoint import saving
+from zero.checkpoint.finding import list_candidates
 from zero.cli.main import main
 from zero.config import load_config
 from zero.config.schema import FIELDS, table_of
@@ -139,6 +142,21 @@ class TestTrain:
         assert _without_memory(comparable_metrics(broken)) == _without_memory(comparable_metrics(whole))
         assert weights(broken) == weights(whole)
         assert not (broken / "earlier-1").exists()
+
+    def test_a_run_that_is_interrupted_leaves_the_checkpoint_that_was_being_written_complete(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        publish = saving._Save._publish
+
+        def late(self: saving._Save, said: list[Any]) -> Any:
+            time.sleep(1)
+            return publish(self, said)
+
+        monkeypatch.setattr(saving._Save, "_publish", late)
+        monkeypatch.setattr(trainer.Trainer, "_step", _stopping_after(3))
+        assert train(tmp_path, out) == 130
+        assert [found.path.name for found in list_candidates(out / "checkpoints")] == ["step-00000003"]
 
     def test_resuming_with_no_checkpoint_starts_anew(self, tmp_path: Path, capsys: Output) -> None:
         resume = ("--train.resume_from_checkpoint", "true", "--train.max_steps", "1")

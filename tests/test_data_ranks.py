@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from data_case import config, tokenizer
+from data_case import config, micro_steps, tokenizer
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler
 
 from tests.ranks import run_ranks
@@ -55,19 +54,6 @@ def learned(batch: Batch) -> list[int]:
     is_blank = (batch["labels"] == IGNORED_LABEL).all(1)
     assert len(batch["labels"]) == 1 or not is_blank.any()
     return [int(ids[0]) for ids, skip in zip(batch["input_ids"], is_blank, strict=True) if not skip]
-
-
-def micro_steps(loaders: list[Any], num_steps: int) -> list[tuple[list[list[int]], Any]]:
-    """What each rank gets in each micro-step, over as many epochs as it takes, and the place after it."""
-    steps: list[tuple[list[list[int]], Any]] = []
-    while len(steps) < num_steps:
-        for batches in zip(*loaders, strict=True):
-            states = [loader.state_dict() for loader in loaders]
-            assert all(state == states[0] for state in states)
-            steps.append(([learned(batch) for batch in batches], json.loads(json.dumps(states[0]))))
-            if len(steps) == num_steps:
-                break
-    return steps
 
 
 MATRIX = list(itertools.product((1, 2, 3, 4), (1, 2, 3), (1, 5, 7, 13), (True, False)))
@@ -131,12 +117,12 @@ def check_interrupted(num_ranks: int, num_workers: int, stops: range) -> None:
     def fresh() -> list[ResumableLoader]:
         return [loader_of(num_samples, rank, num_ranks, batch, num_workers=num_workers) for rank in range(num_ranks)]
 
-    straight = micro_steps(fresh(), 40)
+    straight = micro_steps(learned, fresh(), 40)
     for stop in stops:
         loaders = fresh()
         for loader in loaders:
             loader.load_state_dict(straight[stop - 1][1])
-        rest = micro_steps(loaders, 40 - stop) if stop < 40 else []
+        rest = micro_steps(learned, loaders, 40 - stop) if stop < 40 else []
         assert rest == straight[stop:], f"stopped after {stop}"
 
 
@@ -159,7 +145,7 @@ def test_interrupted_is_uninterrupted_with_workers_after_each_step(num_ranks: in
 def test_any_number_of_ranks_and_any_batch_size_go_on_from_a_place(num_ranks: int, batch: int) -> None:
     num_samples = 29
     order = [sample for epoch in range(2) for sample in epoch_order(num_samples, 5, epoch).tolist()]
-    first = micro_steps([loader_of(num_samples, rank, 2, 3) for rank in range(2)], 7)
+    first = micro_steps(learned, [loader_of(num_samples, rank, 2, 3) for rank in range(2)], 7)
     for stop in range(1, 8):
         done = [sample for parts, _ in first[:stop] for part in parts for sample in part]
         loaders = [loader_of(num_samples, rank, num_ranks, batch) for rank in range(num_ranks)]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from data_case import PROPERTY, config, ids_of, tokenizer
+from data_case import PROPERTY, config, ids_of, micro_steps, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -223,19 +223,6 @@ def test_an_epoch_is_delivered_once_over_all_ranks_in_one_order(num_ranks: int, 
         assert epoch_of(loaders) == alone
 
 
-def micro_steps(loaders: list[Any], num_steps: int) -> list[tuple[list[list[tuple[int, ...]]], Any]]:
-    """What each rank gets in each micro-step, and the place after it, as a checkpoint writes it."""
-    steps: list[Any] = []
-    while len(steps) < num_steps:
-        for batches in zip(*loaders, strict=True):
-            states = [loader.state_dict() for loader in loaders]
-            assert all(state == states[0] for state in states)
-            steps.append(([learned(batch) for batch in batches], json.loads(json.dumps(states[0]))))
-            if len(steps) == num_steps:
-                break
-    return steps
-
-
 def check_interrupted(folder: Path, form: str, num_ranks: int, num_workers: int, stops: range) -> None:
     num_samples = 19 * 2 * num_ranks + 1  # of the 20th micro-batch all ranks but one get nothing
     path = folder / f"a.{'txt' if form == 'text' else 'jsonl'}"
@@ -247,7 +234,7 @@ def check_interrupted(folder: Path, form: str, num_ranks: int, num_workers: int,
     def fresh() -> list[Any]:
         return loaders_of(path, num_ranks, num_workers=num_workers, packing=form == "text")
 
-    straight = micro_steps(fresh(), 40)
+    straight = micro_steps(learned, fresh(), 40)
     assert straight[-1][1]["epoch"] >= 1
     if form == "prompts":
         assert straight[-1][1]["epoch"] == 2
@@ -256,7 +243,7 @@ def check_interrupted(folder: Path, form: str, num_ranks: int, num_workers: int,
         loaders = fresh()
         for loader in loaders:
             loader.load_state_dict(straight[stop - 1][1])
-        rest = micro_steps(loaders, 40 - stop) if stop < 40 else []
+        rest = micro_steps(learned, loaders, 40 - stop) if stop < 40 else []
         assert rest == straight[stop:], f"stopped after {stop}"
 
 
@@ -288,7 +275,7 @@ def test_any_number_of_ranks_and_any_batch_size_go_on_from_a_place(num_ranks: in
     (tmp_path / "a.jsonl").write_text(jsonl(prompts(29)))
     (alone,) = loaders_of(tmp_path / "a.jsonl", packing=False)
     order = [*epoch_of([alone]), *epoch_of([alone])]
-    first = micro_steps(loaders_of(tmp_path / "a.jsonl", 2, batch=3, packing=False), 6)
+    first = micro_steps(learned, loaders_of(tmp_path / "a.jsonl", 2, batch=3, packing=False), 6)
     for stop in (1, 3, 5, 6):
         done = [ids for parts, _ in first[:stop] for part in parts for ids in part]
         loaders = loaders_of(tmp_path / "a.jsonl", num_ranks, batch=batch, packing=False)
@@ -313,13 +300,15 @@ def test_a_stream_of_the_hub_goes_on_without_reading_again(tmp_path: Path, monke
         ),
     )  # fmt: skip
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *given: ["train"])
-    straight = micro_steps(loaders_of("owner/set"), 40)
+    straight = micro_steps(learned, loaders_of("owner/set"), 40)
     assert straight[-1][1]["point"][0][2]["row"] > 60
     for stop, num_workers in ((7, 0), (23, 0), (30, 2), (39, 0)):
         loaders = loaders_of("owner/set", num_workers=num_workers)
         loaders[0].load_state_dict(straight[stop - 1][1])
         # How `datasets` writes one and the same place depends on where it began.
-        assert [parts for parts, _ in micro_steps(loaders, 40 - stop)] == [parts for parts, _ in straight[stop:]]
+        assert [parts for parts, _ in micro_steps(learned, loaders, 40 - stop)] == [
+            parts for parts, _ in straight[stop:]
+        ]
 
 
 # --- a place is one in the same data
@@ -328,7 +317,7 @@ def test_a_stream_of_the_hub_goes_on_without_reading_again(tmp_path: Path, monke
 def test_a_place_in_other_data_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(jsonl(prompts(29)))
-    state = micro_steps(loaders_of(path), 3)[-1][1]
+    state = micro_steps(learned, loaders_of(path), 3)[-1][1]
     for changes in ({"seed": 1}, {"shuffle": False}, {"shuffle_buffer": 9}, {"seq_length": 17}, {"max_samples": 9}):
         with pytest.raises(DataError, match="have changed since the checkpoint"):
             loaders_of(path, **changes)[0].load_state_dict(state)

@@ -55,7 +55,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     return run_case("train", "256", folder), folder
 
 
-@pytest.mark.full
 def test_training_stays_within_16_bytes_a_parameter_and_600_mb(saved: tuple[dict[str, Any], Path]) -> None:
     figures, _ = saved
     _show("two steps of 331 M parameters in bf16, policy cpu, simulated device of 256 MiB", figures)

@@ -138,10 +138,21 @@ class Trainer:
         torch.manual_seed(config.train.seed + self._ranks.rank)  # each rank drops out other elements
         resumed_from = self._checkpoints.resume(engine, scheduler)
         folder = held_run_folder(self.output_dir) if self._ranks.is_first else contextlib.nullcontext()
-        with folder, self._begun(), self._stop.listening():
+        with folder, self._begun(), self._stop.listening(), self._finishing_saves(engine):
             self._run_in_folder(engine, scheduler, num_steps, resumed_from, started_s)
         engine.close(keep_values=False)
         return self._result
+
+    @contextlib.contextmanager
+    def _finishing_saves(self, engine: Engine) -> Iterator[None]:
+        """A run that breaks off leaves the checkpoint that is being written complete; the first error is the one said."""
+        try:
+            yield
+        except BaseException:
+            if self._ranks.size == 1:  # with others the save may wait for the one that failed
+                with contextlib.suppress(Exception):
+                    engine.synchronize()
+            raise
 
     @contextlib.contextmanager
     def _begun(self) -> Iterator[None]:
