@@ -1,7 +1,7 @@
 """Runs one case of ``test_host_memory`` in a process of its own, whose peak resident memory then says something.
 
-    python -m tests.host_memory_case train MIB [FOLDER]   two steps of a model with random weights; saves it
-    python -m tests.host_memory_case load FOLDER          streams it into an engine
+    python -m tests.host_memory_case train LAYERS MIB [FOLDER]   two steps with random weights; saves the model
+    python -m tests.host_memory_case load FOLDER                 streams it into an engine
 
 Each prints one line of JSON. ``MIB`` is what the simulated device may hold, which is host memory too.
 """
@@ -24,13 +24,13 @@ from gemini.hostinfo import peak_rss_bytes, process_rss_bytes
 from zero.optim.native import load_native
 
 
-def opt_350m() -> OPTConfig:
-    """The shapes of facebook/opt-350m: post-norm, embeddings of 512 projected to 1024, tied."""
+def opt_350m(num_layers: int) -> OPTConfig:
+    """The shapes of facebook/opt-350m, which has 24 layers: post-norm, embeddings of 512 projected to 1024, tied."""
     return OPTConfig(
         vocab_size=50272,
         hidden_size=1024,
         ffn_dim=4096,
-        num_hidden_layers=24,
+        num_hidden_layers=num_layers,
         num_attention_heads=16,
         max_position_embeddings=2048,
         word_embed_proj_dim=512,
@@ -60,10 +60,10 @@ def num_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def train(device_mib: int, folder: Path | None = None) -> dict[str, Any]:
+def train(num_layers: int, device_mib: int, folder: Path | None = None) -> dict[str, Any]:
     baseline_bytes = warm_up()
     torch.manual_seed(0)
-    model = OPTForCausalLM(opt_350m())
+    model = OPTForCausalLM(opt_350m(num_layers))
     total = num_parameters(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     engine, *_ = zero.initialize(model, optimizer, config=engine_config(device_mib))

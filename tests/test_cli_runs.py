@@ -156,7 +156,14 @@ class TestFolders:
         assert "train.output_dir = " in said
         assert "name another folder" in said
 
-    @pytest.mark.parametrize("name", ["model", "tensorboard", "config.toml", "metrics.jsonl", "memory_map.png"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "model",
+            *(pytest.param(name, marks=pytest.mark.full) for name in ("tensorboard", "config.toml", "memory_map.png")),
+            "metrics.jsonl",
+        ],
+    )
     def test_what_lies_in_the_way_is_set_aside_and_never_written_over(self, name: str, tmp_path: Path) -> None:
         out = tmp_path / "out"
         out.mkdir()

@@ -110,7 +110,7 @@ INTERLUDES = {
 
 @pytest.mark.parametrize("tight", [False, True], ids=["roomy", "tight"])
 @pytest.mark.parametrize("interlude", INTERLUDES)
-@pytest.mark.parametrize("name", ["opt-pre-norm", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("opt-pre-norm", marks=pytest.mark.full), "llama"])
 def test_interludes_do_not_disturb_training(name: str, interlude: str, tight: bool) -> None:
     whole = recipe(name)
     engine = make_engine(whole, int(least_capacity(whole) * 1.5) if tight else LARGE_BYTES)
@@ -187,7 +187,7 @@ def _checkpointed(build: Callable[[], nn.Module], reentrant: bool) -> Callable[[
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("policy", ["cpu", "auto"])
+@pytest.mark.parametrize("policy", [pytest.param("cpu", marks=pytest.mark.full), "auto"])
 @pytest.mark.parametrize("name", MODELS)
 def test_activation_checkpointing(name: str, policy: str, reentrant: bool) -> None:
     whole = Recipe(_checkpointed(MODELS[name], reentrant), batches())
@@ -398,7 +398,7 @@ def test_keyboard_interrupt_in_forward_then_training_goes_on() -> None:
         _both(act, policy=policy, ratio=1.5)
 
 
-@pytest.mark.parametrize("policy", ["cpu", "cuda", "auto"])
+@pytest.mark.parametrize("policy", [pytest.param("cpu", marks=pytest.mark.full), "cuda", "auto"])
 @pytest.mark.parametrize("verb", ["loss.backward", "engine.backward"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_exception_in_backward_then_training_goes_on(layer: int, verb: str, policy: str) -> None:

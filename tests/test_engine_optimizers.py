@@ -331,9 +331,9 @@ def test_parameter_given_twice() -> None:
 # -- the native kernel -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("placed", [CPU, CUT], ids=["cpu", "cut"])
+@pytest.mark.parametrize("placed", [pytest.param(CPU, marks=pytest.mark.full), CUT], ids=["cpu", "cut"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("kind", [optim.AdamW, optim.Adam])
+@pytest.mark.parametrize("kind", [optim.AdamW, pytest.param(optim.Adam, marks=pytest.mark.full)])
 def test_native_kernel_agrees_with_torch(kind: type[optim.Optimizer], dtype: str, placed: dict[str, Any]) -> None:
     """After 100 steps over the same gradients, masters agree to 1e-6 relative."""
     best_kernel()

@@ -180,7 +180,7 @@ def test_batch_that_no_placement_can_run_is_refused_with_the_table() -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("name", ["opt-post-norm", "llama", "mixtral"])
+@pytest.mark.parametrize("name", ["opt-post-norm", "llama", pytest.param("mixtral", marks=pytest.mark.full)])
 @pytest.mark.parametrize("ratio", [0.3, 0.9])
 def test_advised_capacity_works(name: str, ratio: float) -> None:
     with pytest.raises(DoesNotFitError) as refusal:

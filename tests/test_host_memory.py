@@ -48,26 +48,32 @@ def _assert_within_the_promise(figures: dict[str, Any]) -> None:
     assert figures["losses"][1] < figures["losses"][0]
 
 
+LAYERS = [4, pytest.param(24, marks=pytest.mark.full)]
+"""Layers of opt-350m: 331 M parameters with all 24, for `make test-full`."""
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """Figures of a training process, and the folder it wrote."""
     folder = tmp_path_factory.mktemp("opt-350m")
-    return run_case("train", "256", folder), folder
+    return run_case("train", str(request.param), "256", folder), folder
 
 
+@pytest.mark.parametrize("saved", LAYERS, indirect=True)
 def test_training_stays_within_16_bytes_a_parameter_and_600_mb(saved: tuple[dict[str, Any], Path]) -> None:
     figures, _ = saved
-    _show("two steps of 331 M parameters in bf16, policy cpu, simulated device of 256 MiB", figures)
+    _show("two steps in bf16, policy cpu, simulated device of 256 MiB", figures)
     _assert_within_the_promise(figures)
 
 
 @pytest.mark.full
 def test_training_on_a_large_simulated_device_stays_there_too() -> None:
-    figures = run_case("train", "1536")
+    figures = run_case("train", "24", "1536")
     _show("the same, simulated device of 1536 MiB", figures)
     _assert_within_the_promise(figures)
 
 
+@pytest.mark.parametrize("saved", LAYERS, indirect=True)
 def test_loading_never_holds_a_second_copy(saved: tuple[dict[str, Any], Path]) -> None:
     figures = run_case("load", saved[1])
     _show("the same model from safetensors", figures)
