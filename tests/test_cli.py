@@ -411,7 +411,7 @@ class TestExport:
         assert str(AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype) == "torch.bfloat16"
 
     def test_what_is_refused(self, run: Path, tmp_path: Path, capsys: Output) -> None:
-        refused(main(["export", str(tmp_path), str(tmp_path / "hf")]), capsys, "no complete checkpoint")
+        refused(main(["export", str(tmp_path), str(tmp_path / "hf")]), capsys, "holds no checkpoint")
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "mine.txt").write_text("mine")
         refused(main(["export", str(run / "checkpoints"), str(tmp_path / "full")]), capsys, "full")

@@ -112,7 +112,7 @@ def _without_tokenizer(folder: Path) -> None:
         pytest.param(_misshapen, "model.name_or_path = ", id="a parameter has another shape"),
         pytest.param(lambda m: (m / "config.json").write_text("[]"), "is the folder complete?", id="config is a list"),
         pytest.param(_without_tokenizer, "holds no tokenizer", id="no tokenizer"),
-        pytest.param(lambda m: (m / "tokenizer.json").write_text("{}"), "model.tokenizer", id="empty tokenizer"),
+        pytest.param(lambda m: (m / "tokenizer.json").write_text("{}"), "model.name_or_path", id="empty tokenizer"),
     ],
 )
 def test_a_damaged_folder_is_refused(
@@ -145,3 +145,21 @@ class TestExport:
 def test_nowhere_to_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", None)
     assert main(["env"]) == 0
+
+
+class TestFoldersThatAreNotMeant:
+    def test_a_slip_in_a_path(self, run: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(run.parent.parent)
+        path = f"{run.parent.name}/{run.name}/modle"
+        code = main(["generate", path, *CAP, "--prompt", "a"])
+        says(code, capsys, 2, "model.name_or_path", "no such folder", f'did you mean "{path[:-2]}el"?')
+
+    def test_adapters_alone(self, tmp_path: Path, capsys: Output) -> None:
+        assert train(tmp_path, tmp_path / "run", "--train.max_steps", "1", "--model.lora.r", "2") == 0
+        capsys.readouterr()
+        code = main(["generate", str(tmp_path / "run" / "model"), *CAP, "--prompt", "a"])
+        says(code, capsys, 2, "holds adapters (LoRA) without the model", "peft.PeftModel.from_pretrained")
+
+    def test_the_run_folder_for_its_checkpoints(self, run: Path, tmp_path: Path) -> None:
+        assert main(["export", str(run), str(tmp_path / "hf")]) == 0
+        assert (tmp_path / "hf" / "model.safetensors").is_file()

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cli_case import TINY, comparable_metrics, listing, train, weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from zero import trainer
+from zero import export, recovery, trainer
 from zero.cli.main import main
-from zero.run_folder import held_run_folder
+from zero.health import HealthWatch
+from zero.report.metrics import read_metrics
+from zero.run_folder import forget_metrics_after, held_run_folder
 
 Output = pytest.CaptureFixture[str]
 CONSTANT = ("--scheduler.name", "constant", "--scheduler.warmup_ratio", "0")
@@ -78,7 +84,104 @@ def _place(text: str) -> str:
     return before[before.rindex("{") :]
 
 
+class TestStopped:
+    def test_asked_to_stop_before_the_first_step_it_saves_and_goes_on_from_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+    ) -> None:
+        whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+        assert train(tmp_path, whole, "--train.max_steps", "2") == 0
+        build = trainer.build_model
+
+        def build_and_be_stopped(*arguments: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return build(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "build_model", build_and_be_stopped)
+            assert train(tmp_path, stopped, "--train.max_steps", "2") == 0
+        assert "stopped by SIGTERM at step 0" in capsys.readouterr().out
+        assert read_metrics(stopped) == []
+        assert train(tmp_path, stopped, "--train.max_steps", "2", *RESUME) == 0
+        assert comparable_metrics(stopped) == comparable_metrics(whole)
+        assert weights(stopped) == weights(whole)
+
+
+class TestRestarted:
+    """Ranks that ``--max-restarts`` has started again, as one process plays it."""
+
+    @pytest.fixture
+    def restarted(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        return lambda ours: monkeypatch.setattr(recovery, "_written_since_launch", lambda _: ours)
+
+    def test_what_this_launch_has_done_is_gone_on_with(
+        self, tmp_path: Path, restarted: Callable[[bool], None], capsys: Output
+    ) -> None:
+        out = tmp_path / "out"
+        restarted(True)
+        assert train(tmp_path, out, "--train.max_steps", "3") == 0
+        assert train(tmp_path, out, "--train.max_steps", "4") == 0
+        assert "step-00000003 at step 3" in capsys.readouterr().out
+        assert [line["step"] for line in read_metrics(out) if "loss" in line] == [1, 2, 3, 4]
+
+    def test_an_earlier_run_is_not(self, tmp_path: Path, restarted: Callable[[bool], None], capsys: Output) -> None:
+        out = tmp_path / "out"
+        restarted(False)
+        assert train(tmp_path, out, "--train.max_steps", "3") == 0
+        assert train(tmp_path, out, "--train.max_steps", "1") == 0
+        assert "no checkpoint to resume from: starting anew" in capsys.readouterr().out
+        assert len(read_metrics(out / "earlier-1")) > len(read_metrics(out))
+
+    def test_progress_beyond_the_checkpoint_that_was_named_is_kept(
+        self, tmp_path: Path, restarted: Callable[[bool], None], capsys: Output
+    ) -> None:
+        other, out = tmp_path / "other", tmp_path / "out"
+        restarted(False)
+        assert train(tmp_path, other, "--train.max_steps", "3") == 0
+        named = ("--train.resume_from_checkpoint", str(other / "checkpoints"))
+        assert train(tmp_path, out, "--train.max_steps", "4", *named) == 0
+        restarted(True)
+        assert train(tmp_path, out, "--train.max_steps", "5", *named) == 0
+        assert f"{out / 'checkpoints' / 'step-00000004'} at step 4" in capsys.readouterr().out
+        assert not (out / "earlier-1").exists()
+
+    def test_what_was_written_before_the_launcher_started_is_not_its_own(self, tmp_path: Path) -> None:
+        file = tmp_path / "config.toml"
+        assert not recovery._written_since_launch(file)
+        file.write_text("")
+        assert recovery._written_since_launch(file)
+        os.utime(file, (0, 0))
+        assert not recovery._written_since_launch(file)
+
+
+def test_metrics_of_a_run_that_went_back_are_cut_behind_its_last_stretch(tmp_path: Path) -> None:
+    steps = [*range(1, 10), 6, *range(7, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "at": {i}}}\n' for i, step in enumerate(steps)))
+    forget_metrics_after(tmp_path, 7)
+    assert [line["at"] for line in read_metrics(tmp_path)] == list(range(11))
+
+
+def test_bad_steps_after_a_resume_are_no_run_without_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    assert train(tmp_path, out, "--train.max_steps", "5") == 0
+    monkeypatch.setattr(HealthWatch, "problem", lambda self, loss: "bad")
+    assert train(tmp_path, out, "--train.max_steps", "6", *RESUME) == 0
+
+
 class TestFullDisk:
+    def test_a_model_that_cannot_be_written_fails_the_run_in_words(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+    ) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise SafetensorError("No space left on device")
+
+        monkeypatch.setattr(export, "save_file", full)
+        assert train(tmp_path, tmp_path / "out", "--train.max_steps", "2") == 1
+        said = capsys.readouterr().err
+        assert "No space left on device" in said
+        assert "still stand" in said
+        assert "Traceback" not in said
+
     def test_a_checkpoint_that_cannot_be_written_fails_the_run(
         self, tmp_path: Path, capsys: Output, largest_file: Callable[[int], None]
     ) -> None:

@@ -39,6 +39,11 @@ rank = dist.get_rank()
 wish = sys.argv[1]
 if rank == 1 and wish == "raise":
     raise ValueError("on purpose")
+if wish == "fork":
+    child = os.fork()
+    if child == 0:
+        sys.exit(3)
+    print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 if rank == 1 and wish == "refuse":
     raise zero.UserError("not like this")
 if rank == 1 and wish == "kill once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -165,6 +170,13 @@ class TestRealLaunches:
         assert err.count("Traceback") == err.count("on purpose") - 1 == 1, "once as source, once as message"
         assert "PeerLostError" not in err
         assert "elastic" not in err
+
+    def test_a_forked_child_is_no_rank(self, tmp_path: Path) -> None:
+        options = ("--nprocs", "2", script(tmp_path, SUM), "fork")
+        code, out, err = finish(start(tmp_path, "-m", "zero", "run", *options))
+        assert code == 0, err
+        assert "child 3\n" in out
+        assert "total 3.0 restarts 0 " in out
 
     def test_a_killed_rank_is_named_and_all_start_again(self, tmp_path: Path) -> None:
         options = ("--nprocs", "2", "--max-restarts", "1")
@@ -459,6 +471,8 @@ class TestFailures:
         assert found.rank == 1
         assert found.describe() == "rank 1 was killed by SIGKILL: the kernel does that where memory runs out\nsaid by 0"
         assert "exit code 7" in first_failure([], {1: 7}).describe()
+        assert first_failure([], {0: -15, 1: -9}).rank == 1, "the launcher ends those that are left by SIGTERM"
+        assert first_failure([], {0: -15, 1: 2}).is_refusal
         assert first_failure(self.words((0, 1.0, True)), {0: 1}).describe() == "said by 0"
 
     def test_a_word_is_read_back(self, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -113,7 +114,10 @@ def write_safetensors(tensors: Iterator[tuple[str, torch.Tensor]], directory: Pa
     def flush() -> None:
         nonlocal pending, pending_bytes
         file = directory / f"shard-{len(shards):05d}.tmp"
-        save_file(pending, file, metadata={"format": "pt"})
+        try:
+            save_file(pending, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # which is no OSError, whatever the file system said
+            raise OSError(f"{file} could not be written: {error}") from error
         file.chmod(0o666 & directory.stat().st_mode)  # it comes readable by nobody else
         shards.append(list(pending))
         pending, pending_bytes = {}, 0

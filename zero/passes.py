@@ -16,6 +16,7 @@ from gemini.policy import Policy, does_not_fit
 from gemini.segment import Placement
 from gemini.timeline import transient_bytes
 from gemini.trace import Trace
+from gemini.units import format_bytes
 
 logger = logging.getLogger("zero")
 
@@ -175,7 +176,11 @@ class PassPlanner:
             logger.debug("no plan from the trace: %s", error)
             plan = self._as_it_ran()
         if self._was_planned:
-            logger.info("a pass needed more than those before it: planned anew")
+            needed_bytes = max((moment.both_peak_bytes for moment in trace.moments), default=0)
+            logger.info(
+                "a pass needed more than those before it (now %s at the highest, beside what stays): planned anew",
+                format_bytes(needed_bytes),
+            )
         self._was_planned = True
         self._manager.apply(plan)
 

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from gemini.manager import Phase
 from zero.checkpoint import LoadedState, find_latest, load_checkpoint, save_checkpoint, verify
 from zero.checkpoint.finding import STATE, list_candidates, read_json
@@ -18,6 +20,7 @@ from zero.health import HealthWatch
 from zero.optimizers import set_rates
 from zero.progress import Progress, TrainingStopped
 from zero.ranks import Ranks
+from zero.run_folder import CONFIG_FILE
 
 _HEALTHY = "healthy"
 """Key of a checkpoint's ``extra``: whether its last step was good, and the loss scale no lower than 1."""
@@ -87,8 +90,7 @@ class RunCheckpoints:
     @property
     def are_wanted(self) -> bool:
         """Whether to go on from one: the user asks for it, or the ranks were started again after a failure."""
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        return bool(self._config.train.resume_from_checkpoint) or restarted
+        return bool(self._config.train.resume_from_checkpoint) or _num_restarts() > 0
 
     def resume(self, engine: Engine, scheduler: Any) -> Path | None:
         """Goes to where a checkpoint was taken, if one is wanted and there; returns its folder."""
@@ -103,11 +105,24 @@ class RunCheckpoints:
 
     def _source(self) -> Path | None:
         """The checkpoint to resume from, or the folder that holds some; None to start anew."""
+        found = self._ranks.gather(self._own_are_there() if self._ranks.is_first else None, "looking for a checkpoint")
+        if found[0]:
+            return self.folder
         wish = self._config.train.resume_from_checkpoint
-        if isinstance(wish, str):
-            return Path(wish)
-        found = self._ranks.is_first and find_latest(self.folder) is not None
-        return self.folder if self._ranks.gather(found, "looking for a checkpoint")[0] else None
+        return Path(wish) if isinstance(wish, str) else None
+
+    def _own_are_there(self) -> bool:
+        """Whether there is something to go on from that this run has written, and not what the user names instead.
+
+        Ranks that were started again go on with what the same launch has done, and with nothing else that lies in the
+        folder: an earlier run there has other settings, as far as anybody knows.
+        """
+        restarted = _num_restarts() > 0
+        is_ours = restarted and _written_since_launch(self.folder.parent / CONFIG_FILE)
+        wish = self._config.train.resume_from_checkpoint
+        if not is_ours and (isinstance(wish, str) or not wish):
+            return False
+        return find_latest(self.folder) is not None
 
     def _take_up(self, engine: Engine, scheduler: Any, loaded: LoadedState) -> dict[str, Any]:
         """What a checkpoint of a run knows beside the engine's state."""
@@ -173,6 +188,18 @@ class RunCheckpoints:
             f"{progress.step}, loss {progress.losses[-1]}); no update was made in them, and {why}. Lower optimizer.lr, "
             "set train.max_grad_norm, use precision.dtype = bf16, or see whether the model's weights are finite"
         )
+
+
+def _num_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _written_since_launch(file: Path) -> bool:
+    """Whether the file is younger than the launcher, which stays while ranks are started again."""
+    try:
+        return file.stat().st_mtime >= psutil.Process(os.getppid()).create_time()
+    except (OSError, psutil.Error):
+        return False
 
 
 def find_healthy(folder: Path, before: int) -> Path | None:

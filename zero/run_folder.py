@@ -142,19 +142,19 @@ def forget_metrics_after(folder: Path, step: int) -> None:
 
     Args:
         folder: of the run.
-        step: the checkpoint's; its own lines stay.
+        step: the checkpoint's; its own lines stay, and with them what a run that went back had done before.
     """
     file = folder / METRICS_FILE
     if not file.exists():
         return
-    kept_bytes = 0
+    kept_bytes = read_bytes = 0
     with file.open("rb") as lines:
         for line in lines:
+            read_bytes += len(line)
             try:
                 is_later = json.loads(line)["step"] > step
             except (ValueError, KeyError, TypeError):
                 break  # torn by whatever stopped the run: nothing behind it can be read
-            if is_later:
-                break
-            kept_bytes += len(line)
+            if not is_later:
+                kept_bytes = read_bytes
     os.truncate(file, kept_bytes)

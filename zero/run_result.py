@@ -51,13 +51,14 @@ class RunResult:
         ]
         if self.predicted_device_peak_bytes:  # a plan was made: not where the first step was the last
             rows.append(("device peak, predicted", format_bytes(self.predicted_device_peak_bytes)))
-        rows += [
-            ("device peak, measured", format_bytes(self.device_peak_bytes)),
-            ("host", f"{format_bytes(self.host_bytes)}, of it pinned {format_bytes(self.pinned_bytes)}"),
-            ("steps", f"{self.num_steps}, of them skipped {self.num_skipped_steps}"),
-            ("speed", f"{self.tokens_per_s:,.0f} tokens/s, {self.wall_s:.0f} s in all"),
-            ("model folder", str(folder)),
-        ]
+        rows.append(("steps", f"{self.num_steps}, of them skipped {self.num_skipped_steps}"))
+        if self.tokens_per_s:  # a resume that found nothing to do has measured nothing
+            rows += [
+                ("device peak, measured", format_bytes(self.device_peak_bytes)),
+                ("host", f"{format_bytes(self.host_bytes)}, of it pinned {format_bytes(self.pinned_bytes)}"),
+                ("speed", f"{self.tokens_per_s:,.0f} tokens/s, {self.wall_s:.0f} s in all"),
+            ]
+        rows.append(("model folder", str(folder)))
         if map_file.is_file():
             rows.append(("memory map", str(map_file)))
         return rows

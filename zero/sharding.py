@@ -285,7 +285,7 @@ class RankExchange(Exchange):
         )
         raise UserError(
             f"the ranks have come to different places: {places}. All ranks must call step(), evaluation, saving and "
-            "loading in the same order; give each rank the same number of optimizer steps"
+            "loading in the same order, and look at gradients together; give each the same number of optimizer steps"
         )
 
     def _describe(self, request: Request) -> str:

@@ -66,11 +66,15 @@ class Trainer:
     Everything that can be refused is refused in the constructor, before a byte is written: the config, the data, the
     trackers, and a model that cannot fit.
 
+    Args:
+        config: of the run.
+        stop: whether a signal has asked the run to stop, if somebody listens already.
+
     Raises:
         UserError, DataError, DoesNotFitError: with what to do.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
         config.require_model()
         config.require_data()
         check_trackers(config.train.report_to)
@@ -87,7 +91,7 @@ class Trainer:
             config, self.tokenizer, max_positions(transformers_config), vocab_size, self._ranks.rank, self._ranks.size
         )
         self._health = HealthWatch(config.train.spike_factor, config.train.max_skipped_steps)
-        self._stop = StopRequest()
+        self._stop = stop or StopRequest()
         self.planned = self._plan()
         self._result = RunResult()
         self._progress = Progress()
@@ -148,7 +152,12 @@ class Trainer:
         """A run that breaks off leaves the checkpoint that is being written complete; the first error is the one said."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and self._ranks.is_first:
+                logger.warning(
+                    "interrupted at step %d: nothing since the last checkpoint is kept (SIGTERM would have saved first)",
+                    self._progress.step,
+                )
             if self._ranks.size == 1:  # with others the save may wait for the one that failed
                 with contextlib.suppress(Exception):
                     engine.synchronize()
@@ -241,8 +250,10 @@ class Trainer:
     def _loop(self, engine: Engine, scheduler: Any, num_steps: int, reporter: Reporter, metrics: MetricsWriter) -> None:
         train, progress = self.config.train, self._progress
         recorder = StepRecorder(engine.manager)
-        if self._progress.eval_perplexity_before is None:
-            self._progress.eval_perplexity_before = self._evaluate(engine, reporter, metrics, "before")
+        progress.stopped_by = self._asked_to_stop()
+        if progress.eval_perplexity_before is None and progress.stopped_by is None:
+            progress.eval_perplexity_before = self._evaluate(engine, reporter, metrics, "before")
+            progress.stopped_by = self._asked_to_stop()
         engine.train()
         windows = self._windows()
         # Asked before a window is drawn: what is drawn counts as delivered in the checkpoint, so a run that is
@@ -271,11 +282,16 @@ class Trainer:
                 self._evaluate(engine, reporter, metrics, f"step {progress.step}")
         if progress.step >= num_steps:
             progress.stopped_by = None  # it is done all the same
-        if progress.losses and self._health.num_bad >= len(progress.losses):
+        if progress.step and self._health.num_bad >= progress.step and progress.stopped_by is None:
             raise self._checkpoints.stopped("every step was skipped")
         self._checkpoints.save(engine, scheduler)
         if progress.stopped_by is None:
             self._result.eval_perplexity_after = self._evaluate(engine, reporter, metrics, "after")
+
+    def _asked_to_stop(self) -> str | None:
+        """The signal that has asked some rank to stop before a step was made; each step asks by itself."""
+        signals = self._ranks.gather(self._stop.signal_name, "looking for signals")
+        return next((name for name in signals if name is not None), None)
 
     def _windows(self) -> Iterator[list[dict[str, torch.Tensor]]]:
         """Micro-batches of one optimizer step each, epoch after epoch; an epoch's last window may be shorter."""

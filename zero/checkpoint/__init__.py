@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from zero.checkpoint.background import BackgroundSaves
 from zero.checkpoint.export import export
-from zero.checkpoint.finding import find_latest, verify
+from zero.checkpoint.finding import choose, find_latest, verify
 from zero.checkpoint.loading import LoadedState, load_checkpoint
 from zero.checkpoint.problems import CheckpointError
 from zero.checkpoint.saving import save_checkpoint
@@ -22,6 +22,7 @@ __all__ = [
     "BackgroundSaves",
     "CheckpointError",
     "LoadedState",
+    "choose",
     "export",
     "find_latest",
     "load_checkpoint",

@@ -236,9 +236,13 @@ def _restore_rng(engine: Engine, ranks: SavingRanks, found: _Found) -> list[str]
         return restore_rng(found.own.get("rng"), engine.device.torch_device)
     derive_rng(found.own.get("rng"), ranks.rank, ranks.size)
     return [
-        f"the checkpoint was written by {num_written} ranks, this run has {ranks.size}: random generators start from "
+        f"the checkpoint was written by {_count(num_written)}, this run has {ranks.size}: random generators start from "
         "states derived from it, so dropout draws anew"
     ]
+
+
+def _count(num_ranks: int) -> str:
+    return f"{num_ranks} ranks" if num_ranks > 1 else "one process"
 
 
 def _restore_trace(engine: Engine, saved: Saved, keys: list[JSON]) -> None:

@@ -16,6 +16,7 @@ from zero.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from zero.config.schema import Config
+    from zero.stopping import StopRequest
 
 
 _GENERATE_TABLES = {"device", "memory", "model", "precision"}
@@ -44,6 +45,13 @@ def train(arguments: argparse.Namespace, rest: list[str]) -> int:
     config = _load(arguments, rest, require=("model", "data"))
     if start_ranks(arguments):
         return launch(arguments, config)
+    from zero.stopping import StopRequest
+
+    with StopRequest().listening() as stop:  # from the first moment: what follows imports for seconds
+        return _train(config, stop)
+
+
+def _train(config: Config, stop: StopRequest) -> int:
     from torch import OutOfMemoryError
 
     from zero.launcher import join
@@ -52,7 +60,7 @@ def train(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     join(config)
     try:
-        Trainer(config).run()
+        Trainer(config, stop).run()
     except (TrainingStopped, OutOfMemoryError) as error:
         raise RunFailed(str(error)) from error
     return 0
@@ -61,6 +69,7 @@ def train(arguments: argparse.Namespace, rest: list[str]) -> int:
 def validate(arguments: argparse.Namespace, rest: list[str]) -> int:
     """``zero validate CONFIG``: 0 and the resolved config, or 2 and every problem."""
     if arguments.keys:
+        _nothing_more(rest)
         sys.stdout.write(config_help() + "\n")
         return 0
     config = _load(arguments, rest)
@@ -91,21 +100,15 @@ def env(arguments: argparse.Namespace, rest: list[str]) -> int:
 def export(arguments: argparse.Namespace, rest: list[str]) -> int:
     """``zero export CHECKPOINT DIR``."""
     _nothing_more(rest)
-    import torch
-
+    from zero.checkpoint import choose
     from zero.checkpoint import export as export_checkpoint
-    from zero.checkpoint import find_latest
 
-    source = Path(arguments.checkpoint)
-    checkpoint = source if (source / "manifest.json").is_file() else find_latest(source)
-    if checkpoint is None:
-        raise UserError(f"{source}: no complete checkpoint there; give a step-* folder, or the folder that holds them")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+    checkpoint = choose(Path(arguments.checkpoint)).path
     target = Path(arguments.folder)
     if target.resolve().is_relative_to(checkpoint.resolve()):
         raise UserError(f"{target} lies inside the checkpoint {checkpoint}; name another folder")
     try:
-        export_checkpoint(checkpoint, target, dtypes[arguments.dtype])
+        export_checkpoint(checkpoint, target, arguments.dtype)
     except OSError as error:
         raise UserError(f"{target}: {error.strerror or error}; name another folder") from error
     sys.stdout.write(f"{checkpoint} written as a Hugging Face folder to {arguments.folder}\n")

@@ -24,7 +24,8 @@ class DeviceSection(Section):
     """The accelerator that computes, and how much of its memory this run may take."""
 
     type: Literal["auto", "cuda", "cpu", "simulated"] = "auto"
-    """Which device. `auto` takes the accelerator there is, else the CPU. `simulated` is a stand-in with a fixed
+    """Which device. `auto` takes the accelerator there is; without one the simulated
+    device if `device.memory` is given, else the CPU. `simulated` is a stand-in with a fixed
     capacity that needs no accelerator and makes every missing wait or wrong placement show."""
 
     memory: ByteAmount | None = None

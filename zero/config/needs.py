@@ -52,7 +52,8 @@ def missing_data(data: DataSection) -> list[Need]:
 
 def _is_local(text: str) -> bool:
     """Whether a text can only be meant as a path; `a/b` may be a Hub name and is left alone."""
-    return text.startswith(("/", "./", "../", "~", ".\\")) or text in (".", "..")
+    deep = text.count("/") > 1 and "://" not in text
+    return deep or text.startswith(("/", "./", "../", "~", ".\\")) or text in (".", "..")
 
 
 def _is_data_path(text: str) -> bool:

@@ -54,7 +54,8 @@ def launch_ranks(words: Sequence[str], num_processes: int, max_restarts: int = 0
         max_restarts: how often all ranks start again after one has failed.
 
     Returns:
-        The exit code: 0, or 1 if a rank failed, or 2 if a rank refused what the user gave; the reason is printed.
+        The exit code: 0, or 1 if a rank failed, or 2 if a rank refused what the user gave, or 128 and the number of a
+        signal that ended the ranks; the reason is printed.
     """
     with _Forwarding() as forwarding, _environment(num_processes):
         failure: Failure | None
@@ -69,7 +70,7 @@ def launch_ranks(words: Sequence[str], num_processes: int, max_restarts: int = 0
         return EXIT_INTERRUPTED
     if forwarding.stopped is not None and failure.exit_code == -forwarding.stopped:
         _say(f"ended by {forwarding.stopped.name}")
-        return EXIT_FAILED
+        return 128 + forwarding.stopped
     if not (failure.is_refusal and failure.message is None):  # else the script itself has printed how it is used
         _say(failure.describe())
     return EXIT_WRONG_INPUT if failure.is_refusal else EXIT_FAILED

@@ -127,5 +127,7 @@ def first_failure(words: Iterable[Failure], exit_codes: Mapping[int, int]) -> Fa
         return causes[0]
     spoken = {word.rank for word in words}
     seen = words[0].message if words else None
-    silent = [Failure(rank, code, witness=seen) for rank, code in sorted(exit_codes.items()) if rank not in spoken]
+    # The launcher ends those that are left by SIGTERM: they come last.
+    codes = sorted(exit_codes.items(), key=lambda item: (item[1] == -signal.SIGTERM, item[0]))
+    silent = [Failure(rank, code, witness=seen) for rank, code in codes if rank not in spoken]
     return (silent or words or [Failure(0, EXIT_FAILED)])[0]

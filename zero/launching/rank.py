@@ -51,10 +51,12 @@ def run_as_rank(place: Place, perform: Callable[[], int], explain: Callable[[Bas
             _end_with(os.getppid())
         return perform()
     except BaseException as error:
+        if _is_fork():  # of the user's own making: it ends as any process does
+            raise
         code = _fail(place, error, explain)
     finally:
         _flush(lines)
-    if code and _joined():
+    if code and _joined() and not _is_fork():
         os._exit(code)
     return code
 
@@ -100,12 +102,22 @@ def _print(failure: Failure) -> None:
 def tell_peers(error: BaseException) -> None:
     """Leaves word of a failure with the ranks that have been joined, if any."""
     world = sys.modules.get("zero.world")
-    if world is not None and (present := world.current()) is not None:
+    if world is not None and (present := world.current()) is not None and not _is_fork():
         present.fail(error)
+
+
+_joined_by: int | None = None
+"""Number of the process that has joined the others; what it forks is no rank."""
+
+
+def _is_fork() -> bool:
+    return _joined_by is not None and os.getpid() != _joined_by
 
 
 def watch_exit() -> None:
     """Has this process part from the other ranks when it ends, and tell them if an error ends it; called on joining."""
+    global _joined_by
+    _joined_by = os.getpid()
     if sys.excepthook is not _tell_and_show:
         atexit.register(_part)
         sys.excepthook = _tell_and_show
@@ -114,7 +126,7 @@ def watch_exit() -> None:
 def _part() -> None:
     world, dist = sys.modules.get("zero.world"), sys.modules.get("torch.distributed")
     # The user's own code may have ended the group: it is not ended twice.
-    if world is not None and dist is not None and dist.is_initialized():
+    if world is not None and dist is not None and dist.is_initialized() and not _is_fork():
         world.leave()
 
 
@@ -123,6 +135,9 @@ _show = sys.excepthook
 
 def _tell_and_show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """For programs that are not started by our command line: what ends them is shown as ever."""
+    if _is_fork():
+        _show(kind, error, trace)
+        return
     failure = _failure(int(os.environ.get("RANK", "0")), error, lambda _: None)
     if not isinstance(error, KeyboardInterrupt):
         leave_word(error, failure)

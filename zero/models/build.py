@@ -34,7 +34,9 @@ def build_tokenizer(config: Config) -> Any:
         return builtin_tokenizer(int(vocab_size)) if vocab_size else builtin_tokenizer()
     from transformers import AutoTokenizer
 
-    with _explained("model.tokenizer", source):
+    key = "model.tokenizer" if config.model.tokenizer else "model.name_or_path"
+    _require_model_folder(key, source)
+    with _explained(key, source):
         _require_tokenizer_files(source)
         tokenizer = AutoTokenizer.from_pretrained(
             source,
@@ -58,6 +60,7 @@ def model_config(config: Config, tokenizer: Any = None) -> Any:
 
     if config.model.config is None:
         name = _name(config)
+        _require_model_folder("model.name_or_path", name)
         with _explained("model.name_or_path", name):
             return AutoConfig.from_pretrained(
                 name,
@@ -113,6 +116,16 @@ def _require_whole(name: str, info: Any) -> None:
         raise UserError(
             f"model.name_or_path = {name!r}: the weights lack the parameter {missing[0]}{more}, which would start at "
             "random; is the folder complete, and is it of a causal language model?"
+        )
+
+
+def _require_model_folder(key: str, source: str) -> None:
+    """Refuses a folder that holds adapters alone."""
+    path = Path(source)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise UserError(
+            f"{key} = {source!r} holds adapters (LoRA) without the model that they adapt: load that one and then "
+            f'peft.PeftModel.from_pretrained(model, "{source}"); merge_and_unload() makes one model of both'
         )
 
 

@@ -46,6 +46,9 @@ class MemorySample:
     host_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
+PASSED_KIND = "passed"
+"""Device bytes that a moment held at its highest and had released at its end."""
+
 # From the bottom of the stack up. The colours are Okabe and Ito's and shades of them; under simulated protan, deutan
 # and tritan vision (Machado 2009) every two are 15 or more apart in CIE Lab, but for HOLD and the hatched activations.
 DEVICE_KINDS: dict[str, Kind] = {
@@ -59,6 +62,7 @@ DEVICE_KINDS: dict[str, Kind] = {
     "HOLD_AFTER_BACKWARD": Kind("parameters, HOLD_AFTER_BACKWARD", "#009E73"),
     "READY_FOR_REDUCE": Kind("gradients, READY_FOR_REDUCE", "#D55E00"),
     "gradients": Kind("gradients", "#F0B93A"),
+    PASSED_KIND: Kind("released within the moment", "#C9CDD1"),
 }
 HOST_KINDS: dict[str, Kind] = {
     "parameters": Kind("parameters", "#0072B2"),
