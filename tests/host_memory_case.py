@@ -3,12 +3,14 @@
     python -m tests.host_memory_case train LAYERS MIB [FOLDER]   two steps with random weights; saves the model
     python -m tests.host_memory_case load FOLDER                 streams it into an engine
 
-Each prints one line of JSON. ``MIB`` is what the simulated device may hold, which is host memory too.
+Each prints one line of JSON; as one of several ranks, it writes it to ``rank-R.json`` in FOLDER. ``MIB`` is what the
+simulated device may hold, which is host memory too.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -124,4 +126,7 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     case = {"train": train, "load": load}[sys.argv[1]]
     arguments = [int(text) if text.isdigit() else Path(text) for text in sys.argv[2:]]
-    sys.stdout.write(json.dumps(case(*arguments)) + "\n")
+    figures = json.dumps(case(*arguments))
+    if "RANK" in os.environ:
+        (Path(sys.argv[-1]) / f"rank-{os.environ['RANK']}.json").write_text(figures, encoding="utf-8")
+    sys.stdout.write(figures + "\n")

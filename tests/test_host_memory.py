@@ -81,3 +81,31 @@ def test_loading_never_holds_a_second_copy(saved: tuple[dict[str, Any], Path]) -
     assert figures["host_bytes"] == final_bytes, "values and master"
     limit_bytes = figures["baseline_bytes"] + final_bytes + figures["largest_bytes"] + 50 * MB
     assert figures["peak_bytes"] <= limit_bytes
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("saved", [pytest.param(24)], indirect=True)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_load_one_copy_between_them(saved: tuple[dict[str, Any], Path], num_ranks: int) -> None:
+    """Above what each process takes anyway, all ranks together hold what one process would, and little more."""
+    script = str(ROOT / "tests" / "host_memory_case.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "zero", "run", "--nprocs", str(num_ranks), script, "load", str(saved[1])],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((saved[1] / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]
+    final_bytes = 6 * ranks[0]["num_parameters"]
+    held_bytes = sum(figures["host_bytes"] for figures in ranks)
+    above_bytes = sum(figures["peak_bytes"] - figures["baseline_bytes"] for figures in ranks)
+    _show(
+        f"{num_ranks} ranks load 331 M parameters in bf16",
+        {"final_bytes": final_bytes, "held_bytes": held_bytes, "peak_above_baseline_bytes": above_bytes},
+    )
+    assert final_bytes <= held_bytes <= 1.01 * final_bytes
+    # Each has the largest tensor once more while it is cast, and what the engine and the groups take.
+    assert above_bytes <= final_bytes + num_ranks * (ranks[0]["largest_bytes"] + 80 * MB)
