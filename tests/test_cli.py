@@ -247,7 +247,7 @@ class TestWords:
         """The configs that ``zero train`` would have run."""
         configs: list[Any] = []
 
-        def note(config: Any) -> Any:
+        def note(config: Any, _: Any) -> Any:
             configs.append(config)
             return SimpleNamespace(run=lambda: None)
 
