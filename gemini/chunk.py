@@ -56,7 +56,7 @@ class Chunk(Holdings):
         self.index = layout.index
         self._transfer = transfer
         self.tensors = [ChunkTensor(self, index, parameter) for index, parameter in enumerate(parameters)]
-        self.segments = [self._take_over(keep_master, read)]
+        self._segments = [self._take_over(keep_master, read)]
         self._offsets = [entry.offset for entry in layout.entries]
         self._buffer: torch.Tensor | None = None
         self._views: list[torch.Tensor] = []
@@ -115,7 +115,7 @@ class Chunk(Holdings):
     @property
     def resident(self) -> bool:
         """Whether all values live on the device, so that no gathered copy is needed."""
-        return self.shard.is_whole and len(self.segments) == 1 and self.segments[0].value_tier is Tier.DEVICE
+        return self.shard.is_whole and len(self._segments) == 1 and self._segments[0].value_tier is Tier.DEVICE
 
     @property
     def on_device(self) -> bool:
@@ -143,6 +143,7 @@ class Chunk(Holdings):
             torch.OutOfMemoryError: the device has no room.
         """
         after = [self._after(tensor, Move.FETCH) for tensor in self.tensors]
+        self.settle_update()  # which may fail, or be interrupted: before memory is taken
         numel = self.shard.gathered_numel
         if self._buffer is None:
             self._buffer = self._store.allocate(Tier.DEVICE, Kind.GATHERED, numel, self.layout.dtype)
@@ -168,6 +169,7 @@ class Chunk(Holdings):
     def acquire(self, tensor: ChunkTensor) -> None:
         """HOLD or HOLD_AFTER_* -> COMPUTE; one more holder if it is in COMPUTE already."""
         if tensor.state is not TensorState.COMPUTE:
+            self.settle_update()  # of resident values; others cannot have been fetched before
             self._move(tensor, Move.ACQUIRE)
             self._num_in_use += 1
             if self._fetched is not None:
@@ -365,7 +367,7 @@ class Chunk(Holdings):
         self.before_change()
         self._leave_device()
         try:
-            self.segments = rebuild(self.segments, placement, self._store)
+            self._segments = rebuild(self.segments, placement, self._store)
         finally:
             if self.resident:
                 self._enter_residence()
@@ -445,13 +447,15 @@ class Chunk(Holdings):
 
     def dissolve(self, keep_values: bool = True) -> None:
         """Gives everything back; the parameters become ordinary tensors with their values on the host, or empty ones."""
+        if not keep_values:
+            self.abandon_update()
         self.before_change()
         self._leave_device()
         nothing = torch.empty(0, dtype=self.layout.dtype)
         values = [self.values_of(tensor) if keep_values else nothing for tensor in self.tensors]
         for segment in self.segments:
             segment.free(self._store)
-        self.segments = []
+        self._segments = []
         for tensor, whole in zip(self.tensors, values, strict=True):
             tensor.bound = whole
 
@@ -476,6 +480,8 @@ class Chunk(Holdings):
     def check_integrity(self) -> None:
         """Raises RuntimeError if states, memory and segments contradict one another."""
         self.check_cover(self.index)
+        if self.is_updating and self.gathered_bytes:
+            raise RuntimeError(f"chunk {self.index}: gathered from values that an update is changing")
         if self._num_in_use != sum(tensor.state is TensorState.COMPUTE for tensor in self.tensors):
             raise RuntimeError(f"chunk {self.index}: {self._num_in_use} tensors in use were counted")
         for tensor in self.tensors:

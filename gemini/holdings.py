@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 
 from gemini.exchange import Shard
+from gemini.gradients import drop
+from gemini.jobs import Job
 from gemini.layout import Entry
 from gemini.segment import GRADIENT, MASTER, Placement, Segment, device_bytes_at, overlaps, placement_of
 from gemini.store import Store
@@ -20,7 +23,6 @@ class Holdings:
         shard: which elements these are.
 
     Attributes:
-        segments: in order, without gap or overlap.
         before_change: called before values or companions change or move, gradients apart: somebody may still be
             reading them, such as a checkpoint that is written in the background.
     """
@@ -28,13 +30,65 @@ class Holdings:
     def __init__(self, store: Store, shard: Shard) -> None:
         self._store = store
         self.shard = shard
-        self.segments: list[Segment] = []
+        self._segments: list[Segment] = []
+        self._update: tuple[Job, Callable[[], None]] | None = None
+        self._forgets_gradients = False
         self.before_change: Callable[[], None] = nothing
+
+    @property
+    def segments(self) -> list[Segment]:
+        """In order, without gap or overlap; an update that still runs is waited for."""
+        self.settle_update()
+        return self._segments
 
     @property
     def placement(self) -> Placement:
         """Where the elements live now."""
-        return placement_of(self.segments)
+        return placement_of(self._segments)
+
+    # -- an update beside the program --------------------------------------------------------------------------------
+
+    def begin_update(self, job: Job, finish: Callable[[], None]) -> None:
+        """``job`` changes values and companions from now on: whoever asks for them waits for it.
+
+        Args:
+            job: has been queued.
+            finish: what is left to do for the program itself once the job is done.
+        """
+        self.settle_update()
+        self._update = (job, finish)
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether an update has begun and not been waited for."""
+        return self._update is not None
+
+    def settle_update(self) -> None:
+        """Waits for an update that still runs.
+
+        Raises:
+            Exception: what the update raised; also the next time, since nobody knows how far it came.
+        """
+        if self._update is None:
+            return
+        job, finish = self._update
+        job.wait()
+        self._update = None
+        finish()
+        if self._forgets_gradients:
+            self.forget_gradients()
+
+    def abandon_update(self) -> None:
+        """Waits for an update whose result, or error, nobody will ask for."""
+        with contextlib.suppress(Exception):
+            self.settle_update()
+        self._update = None
+
+    def forget_gradients(self) -> None:
+        """Gives the host memory of gradients back, as soon as an update that reads them has run."""
+        self._forgets_gradients = self.is_updating
+        if not self._forgets_gradients:
+            drop(self._segments, self._store)
 
     def growth_bytes(self, placement: Placement) -> int:
         """Device bytes that a placement would add; negative where it frees some."""
@@ -43,6 +97,10 @@ class Holdings:
     def pieces(self, start: int, stop: int) -> list[tuple[Segment, int, int]]:
         """Segments that hold elements ``[start, stop)``, each with the overlap in chunk elements."""
         return list(overlaps(self.segments, start, stop))
+
+    def pieces_before_update(self, start: int, stop: int) -> list[tuple[Segment, int, int]]:
+        """The same for somebody whom an update waits for, by :attr:`before_change`."""
+        return list(overlaps(self._segments, start, stop))
 
     def own_part(self, entry: Entry, key: str | None) -> torch.Tensor:
         """A host copy of what is owned of one parameter's values (``key`` None) or companion, 1-D, in memory order.
@@ -83,7 +141,7 @@ class Holdings:
     def check_cover(self, index: int) -> None:
         """Raises RuntimeError if the segments of chunk ``index`` do not cover what is owned of it, each element once."""
         at = self.shard.start
-        for segment in self.segments:
+        for segment in self._segments:
             if segment.start != at or segment.values.numel() != segment.numel:
                 raise RuntimeError(f"chunk {index}: segments do not cover it: gap or overlap at element {at}")
             at = segment.stop

@@ -20,7 +20,6 @@ from enum import Enum
 
 import torch
 
-from gemini import gradients
 from gemini.chunk import Chunk
 from gemini.device import Device
 from gemini.idle import IdleReads
@@ -427,7 +426,12 @@ class Manager:
             chunk.has_sums = False
         if not self.store.host.pinned_bytes:
             for chunk in self.chunks:
-                gradients.drop(chunk.segments, self.store)
+                chunk.forget_gradients()
+
+    def settle_updates(self) -> None:
+        """Waits for every update that runs beside the program."""
+        for chunk in self.chunks:
+            chunk.settle_update()
 
     def apply(self, plan: Plan) -> None:
         """Moves every chunk to where the plan wants it. Nothing may be running."""
