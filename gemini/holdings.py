@@ -63,6 +63,11 @@ class Holdings:
         """Whether an update has begun and not been waited for."""
         return self._update is not None
 
+    @property
+    def must_wait(self) -> bool:
+        """Whether whoever asks for values now would wait for an update."""
+        return self._update is not None and not self._update[0].is_done
+
     def settle_update(self) -> None:
         """Waits for an update that still runs.
 

@@ -17,6 +17,11 @@ Work = Callable[[], None]
 class Job(ABC):
     """A piece of work that has been queued."""
 
+    @property
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether waiting for it would take no time."""
+
     @abstractmethod
     def wait(self) -> None:
         """Returns once the work is done; may be called again.
@@ -38,6 +43,8 @@ class HostQueue(ABC):
 
 
 class _Done(Job):
+    is_done = True
+
     def wait(self) -> None:
         """Nothing is left to do."""
 
@@ -57,6 +64,11 @@ class InlineQueue(HostQueue):
 class _ThreadJob(Job):
     def __init__(self, future: Future[None]) -> None:
         self._future = future
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its thread has come to the end of it."""
+        return self._future.done()
 
     def wait(self) -> None:
         """Waits for the thread that runs it."""

@@ -110,6 +110,11 @@ class _SimulatedJob(Job):
         self._work: Work | None = work
         self._error: Exception | None = None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it has run."""
+        return self._work is None
+
     def run(self) -> None:
         """Runs the work; its error is for those who wait."""
         work, self._work = self._work, None

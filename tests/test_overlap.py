@@ -68,6 +68,17 @@ def test_wherever_values_and_states_lie(placed: tuple[float, float], order: str)
     assert_same(got, _plain("opt-pre-norm", "bf16", 0.05))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("depth", range(5))
+def test_prefetch_depth_changes_no_bit(depth: int, order: str) -> None:
+    whole = _recipe("opt-pre-norm", "bf16", 0.05)
+    capacity_bytes = int(least_capacity(whole) * 1.4)
+    got = run_engine(whole, capacity_bytes, "cpu", prefetch=depth, device={"streams": order})
+    assert_same(got, _plain("opt-pre-norm", "bf16", 0.05))
+    assert got.extra["plan"].prefetch_depth == depth
+    assert got.extra["report"].device_peak_bytes <= capacity_bytes
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_on_a_device_that_is_nearly_full(name: str) -> None:
     whole = _recipe(name, "fp32", None)

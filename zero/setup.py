@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -65,7 +65,8 @@ def make_policy(config: Config, device: Device) -> Policy:
     """The policy that ``[memory]`` names. On the host ``auto`` means that nothing moves: there is nowhere to go."""
     memory = config.memory
     name = "cuda" if memory.policy == "auto" and isinstance(device, HostDevice) else memory.policy
-    return Policy(name, memory.resident_parameters, memory.resident_optimizer)
+    policy = Policy(name, memory.resident_parameters, memory.resident_optimizer)
+    return policy if memory.prefetch == "auto" else replace(policy, prefetch_depth=memory.prefetch)
 
 
 def make_scaler(config: Config) -> LossScaler:
