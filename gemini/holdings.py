@@ -8,11 +8,12 @@ from collections.abc import Callable
 import torch
 
 from gemini.exchange import Shard
-from gemini.gradients import drop
+from gemini.gradients import drop, reserve, send
 from gemini.jobs import Job
 from gemini.layout import Entry
 from gemini.segment import GRADIENT, MASTER, Placement, Segment, device_bytes_at, overlaps, placement_of
 from gemini.store import Store
+from gemini.transfer import Arrival, Transfer
 
 
 class Holdings:
@@ -20,26 +21,58 @@ class Holdings:
 
     Args:
         store: gives memory for companions that appear later.
+        transfer: carries gradients.
         shard: which elements these are.
 
     Attributes:
+        has_sums: gradients have reached the owners since they were last forgotten; only where others own a part, too.
         before_change: called before values or companions change or move, gradients apart: somebody may still be
             reading them, such as a checkpoint that is written in the background.
     """
 
-    def __init__(self, store: Store, shard: Shard) -> None:
+    def __init__(self, store: Store, transfer: Transfer, shard: Shard) -> None:
         self._store = store
+        self._transfer = transfer
         self.shard = shard
         self._segments: list[Segment] = []
         self._update: tuple[Job, Callable[[], None]] | None = None
         self._forgets_gradients = False
+        self._arrivals: list[Arrival] = []
+        self.has_sums = False
         self.before_change: Callable[[], None] = nothing
 
     @property
     def segments(self) -> list[Segment]:
-        """In order, without gap or overlap; an update that still runs is waited for."""
+        """In order, without gap or overlap; an update that runs, and gradients on their way, are waited for."""
         self.settle_update()
+        self.settle_arrivals()
         return self._segments
+
+    # -- gradients on their way --------------------------------------------------------------------------------------
+
+    def expect(self, arrivals: list[Arrival]) -> None:
+        """Gradients that will be there when somebody asks for the segments."""
+        self._arrivals += arrivals
+
+    def settle_arrivals(self) -> None:
+        """Waits for gradients that are on their way, in the order in which they were sent."""
+        while self._arrivals:
+            self._arrivals[0].settle()
+            del self._arrivals[0]
+
+    def reserve_sums(self, dtype: torch.dtype) -> None:
+        """Makes room for gradients of the owned part, so that adding to them cannot fail."""
+        reserve(self.segments, self._store, self.shard.start, self.shard.stop, dtype, first=not self.has_sums)
+
+    def add_sums(self, start: int, values: torch.Tensor) -> None:
+        """Adds gradients that came from all owners, or takes them as they are where :attr:`has_sums` is not set.
+
+        Args:
+            start: first element of the chunk.
+            values: 1-D, on the device.
+        """
+        self.expect(send(self.segments, self._store, self._transfer, start, values, first=not self.has_sums))
+        self.settle_arrivals()
 
     @property
     def placement(self) -> Placement:
@@ -91,6 +124,7 @@ class Holdings:
 
     def forget_gradients(self) -> None:
         """Gives the host memory of gradients back, as soon as an update that reads them has run."""
+        self.settle_arrivals()
         self._forgets_gradients = self.is_updating
         if not self._forgets_gradients:
             drop(self._segments, self._store)

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from gemini.device import Device, Event
 from gemini.store import Tier
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A gradient on its way to the host.
+
+    Attributes:
+        event: recorded by the stream that carries it.
+        landing: where it comes to; the target itself where it can.
+        target: the owner's buffer: nobody may read, write or give it back before :meth:`settle`.
+        add: to what is there.
+    """
+
+    event: Event
+    landing: torch.Tensor
+    target: torch.Tensor
+    add: bool
+
+    def settle(self) -> None:
+        """Waits until it is there."""
+        self.event.synchronize()
+        if self.add:
+            self.target.add_(self.landing)
+        elif self.landing is not self.target:
+            self.target.copy_(self.landing)
 
 
 class Transfer:
@@ -20,7 +47,8 @@ class Transfer:
         self.device = device
         # Carries values to the device. Its events are recorded after each chunk; computation waits on them.
         self._in = device.stream("in")
-        # Carries gradients to the host. The host waits on its events before it reads or the source is given back.
+        # Carries gradients to the host. Who reads them waits on its events (:class:`Arrival`); the memory that they
+        # come from may be given back before: the allocator keeps it until the copy has run.
         self._out = device.stream("out")
         self.h2d_bytes = 0
         self.d2h_bytes = 0
@@ -42,21 +70,17 @@ class Transfer:
         """An event after all values queued so far."""
         return self._in.record()
 
-    def gradient_out(self, target: torch.Tensor, source: torch.Tensor, tier: Tier, add: bool) -> None:
-        """Copies or adds a gradient on the device to its owner's buffer; done when this returns for the host tier."""
+    def gradient_out(self, target: torch.Tensor, source: torch.Tensor, tier: Tier, add: bool) -> Arrival | None:
+        """Copies or adds a gradient on the device to its owner's buffer; None where it is there when this returns."""
         if tier is Tier.DEVICE:
             with torch.no_grad():
                 target.add_(source) if add else target.copy_(source)
-            return
+            return None
         landing = target if target.dtype == source.dtype and not add else torch.empty(source.shape, dtype=source.dtype)
         self._out.wait_compute()
         self._out.copy(landing, source)
-        self._out.record().synchronize()
         self.d2h_bytes += source.nbytes
-        if add:
-            target.add_(landing)
-        elif landing is not target:
-            target.copy_(landing)
+        return Arrival(self._out.record(), landing, target, add)
 
     def values_in(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """New values to the device after an update on the host; done when this returns."""

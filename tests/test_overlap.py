@@ -25,6 +25,7 @@ from tests.reference import (
     run_plain,
     spoil,
 )
+from zero import precision
 
 ROOMY = 1 << 30
 ORDERS = ("procrastinating", "random", "immediate")
@@ -275,6 +276,8 @@ def test_an_interrupt_while_waiting_loses_nothing(monkeypatch: pytest.MonkeyPatc
     job, finish_ = chunk._update
 
     class Interrupted:
+        is_done = False
+
         def wait(self) -> None:
             raise KeyboardInterrupt
 
@@ -302,3 +305,46 @@ def test_queues() -> None:
     assert sorted(done) == [1, 2, 3]
     with pytest.raises(ZeroDivisionError):
         InlineQueue().submit(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+
+
+# -- norms that are known when backward ends -------------------------------------------------------------------------
+
+
+def _norms_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Elements of every gradient that is read once more for the norm."""
+    read: list[int] = []
+    original = precision.unscaled
+
+    def counted(flat: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        read.append(flat.numel())
+        return original(flat, *arguments)
+
+    monkeypatch.setattr(precision, "unscaled", counted)
+    return read
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_no_gradient_is_read_again_for_the_norm(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = _norms_read(monkeypatch)
+    assert_same(run_engine(_recipe("llama", dtype, 0.05), ROOMY, "cpu"), _plain("llama", dtype, 0.05))
+    assert read == []
+
+
+def test_a_gradient_that_was_looked_at_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(_recipe("llama", "fp32", 0.05), ROOMY, "cpu")
+    engine.backward(engine(**batches(1)[0]).loss)
+    weight = engine.module.model.norm.weight
+    with torch.no_grad():
+        weight.grad.mul_(1000.0)
+    read = _norms_read(monkeypatch)
+    engine.step()
+    assert read == [weight.numel()]
+    assert engine.grad_norm > weight.grad.norm().item()
+    engine.close()
+
+
+def test_sums_over_micro_batches_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = recipe("llama", accumulation=2, max_grad_norm=0.05)
+    read = _norms_read(monkeypatch)
+    assert_same(run_engine(whole, ROOMY, "cpu"), run_plain(whole))
+    assert read != []
