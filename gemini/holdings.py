@@ -111,8 +111,8 @@ class Holdings:
             return
         job, finish = self._update
         job.wait()
-        self._update = None
         finish()
+        self._update = None  # last: after an interrupt it is all to be done still
         if self._forgets_gradients:
             self.forget_gradients()
 
