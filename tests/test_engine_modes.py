@@ -372,7 +372,7 @@ def _failing_forward(module: nn.Module, error: type[BaseException] = _Boom) -> A
         handle.remove()
 
 
-@pytest.mark.parametrize("policy", ["cpu", "cuda", "auto"])
+@pytest.mark.parametrize("policy", [*(pytest.param(p, marks=pytest.mark.full) for p in ("cpu", "cuda")), "auto"])
 @pytest.mark.parametrize("where", ["model.layers.1.mlp", "model.norm", "model.embed_tokens", "lm_head"])
 def test_exception_in_forward_then_training_goes_on(where: str, policy: str) -> None:
     def act(model: Any, optimizer: Any, pair: list[dict[str, Tensor]]) -> None:

@@ -95,8 +95,8 @@ def test_static_fractions_in_low_precision(dtype: str, parameters: float, optimi
     _check_static("opt-pre-norm", parameters, optimizer, dtype)
 
 
-@pytest.mark.parametrize("chunk", [1, 1000, 9999])
-@pytest.mark.parametrize("streams", ["procrastinating", "random", "immediate"])
+@pytest.mark.parametrize("chunk", [1, pytest.param(1000, marks=pytest.mark.full), 9999])
+@pytest.mark.parametrize("streams", ["procrastinating", "random", pytest.param("immediate", marks=pytest.mark.full)])
 def test_neither_chunk_bytes_nor_stream_order_change_a_bit(chunk: int, streams: str) -> None:
     device = {"streams": streams, "stream_seed": 5}
     run = run_engine(recipe("gpt2"), int(_least_bytes("gpt2") * 1.1), device=device, chunk=chunk)

@@ -28,7 +28,7 @@ from tests.reference import (
 from zero import precision
 
 ROOMY = 1 << 30
-ORDERS = ("procrastinating", "random", "immediate")
+ORDERS = ("procrastinating", *(pytest.param(order, marks=pytest.mark.full) for order in ("random", "immediate")))
 
 
 def _lowering(optimizer: torch.optim.Optimizer) -> Any:
@@ -52,8 +52,8 @@ def _is_pending(engine: Any) -> bool:
 # -- the same numbers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", ["auto", 0, 1, 3])
-@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("workers", ["auto", *(pytest.param(n, marks=pytest.mark.full) for n in (0, 1)), 3])
+@pytest.mark.parametrize("clip", [pytest.param(None, marks=pytest.mark.full), 0.05])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_workers_change_no_bit(dtype: str, clip: float | None, workers: int | str) -> None:
     got = run_engine(_recipe("llama", dtype, clip), ROOMY, "cpu", optimizer={"workers": workers})
