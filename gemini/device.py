@@ -71,12 +71,14 @@ class Device(ABC):
         name: for messages.
         torch_device: where buffers live.
         capacity_bytes: model and non-model data together must stay within it.
+        most_bytes_on_way: gradients that may be on their way to the host at a time.
         expects_backward: a training forward has ended and its backward has not; the simulated device watches for it.
     """
 
     name: str
     torch_device: torch.device
     capacity_bytes: int
+    most_bytes_on_way = 256 << 20
 
     def __init__(self) -> None:
         self.model_data_bytes = 0

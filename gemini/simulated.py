@@ -174,6 +174,9 @@ class SimulatedDevice(Device):
         poison: fill memory with NaN when it is given out and when it is given back.
     """
 
+    most_bytes_on_way = 1 << 20
+    """What its queues hold is host memory, which a real device's would not be."""
+
     def __init__(
         self,
         capacity_bytes: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from gemini.device import Device, Event
 from gemini.store import Tier
 
 
-@dataclass(frozen=True)
+@dataclass
 class Arrival:
     """A gradient on its way to the host.
 
@@ -19,16 +20,21 @@ class Arrival:
         landing: where it comes to; the target itself where it can.
         target: the owner's buffer: nobody may read, write or give it back before :meth:`settle`.
         add: to what is there.
+        is_settled: it is there.
     """
 
     event: Event
     landing: torch.Tensor
     target: torch.Tensor
     add: bool
+    is_settled: bool = False
 
     def settle(self) -> None:
-        """Waits until it is there."""
+        """Waits until it is there; may be called again."""
+        if self.is_settled:
+            return
         self.event.synchronize()
+        self.is_settled = True
         if self.add:
             self.target.add_(self.landing)
         elif self.landing is not self.target:
@@ -50,6 +56,8 @@ class Transfer:
         # Carries gradients to the host. Who reads them waits on its events (:class:`Arrival`); the memory that they
         # come from may be given back before: the allocator keeps it until the copy has run.
         self._out = device.stream("out")
+        self._on_way: deque[Arrival] = deque()
+        self._on_way_bytes = 0
         self.h2d_bytes = 0
         self.d2h_bytes = 0
 
@@ -80,7 +88,18 @@ class Transfer:
         self._out.wait_compute()
         self._out.copy(landing, source)
         self.d2h_bytes += source.nbytes
-        return Arrival(self._out.record(), landing, target, add)
+        arrival = Arrival(self._out.record(), landing, target, add)
+        self._bound(arrival)
+        return arrival
+
+    def _bound(self, arrival: Arrival) -> None:
+        """Gradients on their way hold memory at both ends: beyond some bytes the oldest are waited for."""
+        self._on_way.append(arrival)
+        self._on_way_bytes += arrival.landing.nbytes
+        while self._on_way_bytes > self.device.most_bytes_on_way:
+            oldest = self._on_way.popleft()
+            self._on_way_bytes -= oldest.landing.nbytes
+            oldest.settle()
 
     def values_in(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """New values to the device after an update on the host; done when this returns."""

@@ -348,3 +348,14 @@ def test_sums_over_micro_batches_are_read_again(monkeypatch: pytest.MonkeyPatch)
     read = _norms_read(monkeypatch)
     assert_same(run_engine(whole, ROOMY, "cpu"), run_plain(whole))
     assert read != []
+
+
+@pytest.mark.parametrize("most_bytes", [0, 4000, 1 << 30])
+def test_gradients_on_their_way_are_bounded(most_bytes: int) -> None:
+    engine = make_engine(_recipe("llama", "bf16", None), ROOMY, "cpu")
+    engine.device.most_bytes_on_way = most_bytes
+    engine.backward(engine(**batches(1)[0]).loss)
+    on_way = [a.landing.nbytes for c in engine.manager.chunks for a in c._arrivals if not a.is_settled]
+    assert sum(on_way) <= most_bytes
+    assert on_way or not most_bytes
+    engine.close(keep_values=False)
