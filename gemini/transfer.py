@@ -2,43 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
-
 import torch
 
 from gemini.device import Device, Event
 from gemini.store import Tier
-
-
-@dataclass
-class Arrival:
-    """A gradient on its way to the host.
-
-    Attributes:
-        event: recorded by the stream that carries it.
-        landing: where it comes to; the target itself where it can.
-        target: the owner's buffer: nobody may read, write or give it back before :meth:`settle`.
-        add: to what is there.
-        is_settled: it is there.
-    """
-
-    event: Event
-    landing: torch.Tensor
-    target: torch.Tensor
-    add: bool
-    is_settled: bool = False
-
-    def settle(self) -> None:
-        """Waits until it is there; may be called again."""
-        if self.is_settled:
-            return
-        self.event.synchronize()
-        self.is_settled = True
-        if self.add:
-            self.target.add_(self.landing)
-        elif self.landing is not self.target:
-            self.target.copy_(self.landing)
 
 
 class Transfer:
@@ -53,11 +20,8 @@ class Transfer:
         self.device = device
         # Carries values to the device. Its events are recorded after each chunk; computation waits on them.
         self._in = device.stream("in")
-        # Carries gradients to the host. Who reads them waits on its events (:class:`Arrival`); the memory that they
-        # come from may be given back before: the allocator keeps it until the copy has run.
+        # Carries gradients to the host. The host waits on its events before it reads or the source is given back.
         self._out = device.stream("out")
-        self._on_way: deque[Arrival] = deque()
-        self._on_way_bytes = 0
         self.h2d_bytes = 0
         self.d2h_bytes = 0
 
@@ -78,28 +42,21 @@ class Transfer:
         """An event after all values queued so far."""
         return self._in.record()
 
-    def gradient_out(self, target: torch.Tensor, source: torch.Tensor, tier: Tier, add: bool) -> Arrival | None:
-        """Copies or adds a gradient on the device to its owner's buffer; None where it is there when this returns."""
+    def gradient_out(self, target: torch.Tensor, source: torch.Tensor, tier: Tier, add: bool) -> None:
+        """Copies or adds a gradient on the device to its owner's buffer; done when this returns for the host tier."""
         if tier is Tier.DEVICE:
             with torch.no_grad():
                 target.add_(source) if add else target.copy_(source)
-            return None
+            return
         landing = target if target.dtype == source.dtype and not add else torch.empty(source.shape, dtype=source.dtype)
         self._out.wait_compute()
         self._out.copy(landing, source)
+        self._out.record().synchronize()
         self.d2h_bytes += source.nbytes
-        arrival = Arrival(self._out.record(), landing, target, add)
-        self._bound(arrival)
-        return arrival
-
-    def _bound(self, arrival: Arrival) -> None:
-        """Gradients on their way hold memory at both ends: beyond some bytes the oldest are waited for."""
-        self._on_way.append(arrival)
-        self._on_way_bytes += arrival.landing.nbytes
-        while self._on_way_bytes > self.device.most_bytes_on_way:
-            oldest = self._on_way.popleft()
-            self._on_way_bytes -= oldest.landing.nbytes
-            oldest.settle()
+        if add:
+            target.add_(landing)
+        elif landing is not target:
+            target.copy_(landing)
 
     def values_in(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """New values to the device after an update on the host; done when this returns."""

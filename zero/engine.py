@@ -18,6 +18,7 @@ from gemini.device import Device
 from gemini.exchange import ALONE, Exchange
 from gemini.manager import Phase
 from gemini.plan import Plan
+from gemini.store import Tier
 from gemini.tensor import ChunkTensor
 from zero import checkpoint, export
 from zero.agreement import make_agreement
@@ -126,9 +127,6 @@ class Engine:
         policy = make_policy(self.config, self.device)
         self._planner = PassPlanner(policy, managed.facts, self.manager, self.device)
         undo.callback(self.device.close)
-        # Updates run on it until chunks are dissolved.
-        self._queue = self.device.host_queue(self.config.optimizer.num_workers)
-        undo.callback(self._queue.close)
         undo.callback(self._dissolve)
         self._tensors = managed.tensors
         self.facts = managed.facts
@@ -160,7 +158,7 @@ class Engine:
         self._planner.step_bytes = step_bytes(self.facts, temporary_bytes_per_numel(optimizer), capacity_bytes)
         store, transfer = self.manager.store, self.manager.transfer
         piece_numel = device_piece_numel(capacity_bytes)
-        return ChunkUpdater(optimizer, store, transfer, self._queue, kernel, device_piece_numel=piece_numel)
+        return ChunkUpdater(optimizer, store, transfer, kernel, device_piece_numel=piece_numel)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -292,11 +290,12 @@ class Engine:
             return
         if self.optimizer.updater.makes_states_on_device(self.manager.chunks):
             self._planner.offload_everything()  # no plan knows of states that were reset
-        if any(chunk.placement.companion_numel for chunk in self.manager.chunks):
+        if any(s.companion_tier is Tier.DEVICE for c in self.manager.chunks for s in c.segments):
             self.manager.make_room_for_step()
         self.device.reset_peaks()
-        self.optimizer.updater.update((c for c in self.manager.chunks if c.layout.trainable), factor)
         for chunk in self.manager.chunks:
+            if chunk.layout.trainable:
+                self.optimizer.updater.update(chunk, factor)
             chunk.step = self.num_steps + 1
         if self.manager.trace is not None:
             trace = self.manager.trace
@@ -397,7 +396,6 @@ class Engine:
 
     def synchronize(self) -> None:
         """Finishes everything pending: copies, updates, and a save in the background, whose error it raises."""
-        self.manager.settle_updates()
         self.device.synchronize()
         self._saves.wait()
 

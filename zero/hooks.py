@@ -30,7 +30,6 @@ from zero.direct import DirectUse, SavedNote, inside_backward, written_between
 from zero.errors import UserError
 from zero.gradient import settle_gradient, settle_gradients, take_autograd_gradient, watch_use
 from zero.passes import PassPlanner
-from zero.precision import norm_on_arrival
 from zero.units import Unit
 
 _CALL = nn.Module._call_impl.__code__
@@ -378,8 +377,6 @@ class ModelHooks:
             self._enter_backward()
         tensor = self._tensors[id(parameter)]
         settle_gradient(tensor)
-        with self._manager.device.bookkeeping():
-            tensor.gradient_norm = norm_on_arrival(tensor, gradient)
         self._manager.take_gradient(tensor, gradient)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -65,8 +65,7 @@ def make_policy(config: Config, device: Device) -> Policy:
     """The policy that ``[memory]`` names. On the host ``auto`` means that nothing moves: there is nowhere to go."""
     memory = config.memory
     name = "cuda" if memory.policy == "auto" and isinstance(device, HostDevice) else memory.policy
-    policy = Policy(name, memory.resident_parameters, memory.resident_optimizer)
-    return policy if memory.prefetch == "auto" else replace(policy, prefetch_depth=memory.prefetch)
+    return Policy(name, memory.resident_parameters, memory.resident_optimizer)
 
 
 def make_scaler(config: Config) -> LossScaler:

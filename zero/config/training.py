@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator
 
 from zero.config.types import (
     Allowed,
@@ -88,16 +88,6 @@ class OptimizerSection(Section):
     kernel: Literal["auto", "native", "torch"] = "auto"
     """Who computes the update on the CPU: `native` is the C AdamW of this package, `torch` is torch's own arithmetic
     bit for bit, `auto` takes native where it could be built and the optimizer is adamw."""
-
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Threads that update parameters on the CPU while the device goes on to the next forward pass; results are the same
-    to the bit. `auto` is one beside an accelerator, and none with device.type = cpu, where the model needs the same
-    cores; 0 makes every update before step() returns."""
-
-    @property
-    def num_workers(self) -> int | None:
-        """Threads for updates; None for as many as suit the device."""
-        return None if self.workers == "auto" else self.workers
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for the optimizer's class in torch.optim: lr and what else it takes of this table."""
