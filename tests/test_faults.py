@@ -131,6 +131,32 @@ def test_the_count_of_faults() -> None:
     assert len(MATRIX) >= 30
 
 
+def caught_and_gone_on() -> str:
+    """An error inside an exchange that the user's code catches, to go on as if nothing had been."""
+    import torch.distributed as dist
+
+    import zero
+
+    rank = dist.get_rank()
+    model = make_model("opt")
+    config = {"device": {"type": "cpu"}, "parallel": {"replicate": "1KiB", "timeout": TIMEOUT_S}}
+    engine, *_ = zero.initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-3), config=config)
+
+    def fails(*_: Any) -> None:
+        raise ValueError("inside")
+
+    engine.exchange._carry_out = fails
+    with pytest.raises(ValueError, match="inside"):
+        engine(**share(0, 0, rank, 2))
+    with pytest.raises(RuntimeError, match="an earlier exchange failed here"):
+        engine.step()
+    return "told"
+
+
+def test_after_a_failed_exchange_nothing_is_trained_silently() -> None:
+    assert [end.result for end in try_ranks(caught_and_gone_on, 2, timeout_s=40)] == ["told", "told"]
+
+
 def test_a_rank_that_ends_serves_the_others_to_their_end(tmp_path: Path) -> None:
     assert all(end.well for end in try_ranks(faulty_run, 2, "ends early", "", 1, str(tmp_path), timeout_s=40))
 

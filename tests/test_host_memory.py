@@ -18,10 +18,10 @@ MB = 10**6
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_case(*arguments: str | Path) -> dict[str, Any]:
-    """A case of :mod:`tests.host_memory_case` in a process of its own."""
+def run_module(*words: str | Path) -> str:
+    """``python -m``, in a process of its own; what it prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.host_memory_case", *map(str, arguments)],
+        [sys.executable, "-m", *map(str, words)],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -29,7 +29,12 @@ def run_case(*arguments: str | Path) -> dict[str, Any]:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+def run_case(*arguments: str | Path) -> dict[str, Any]:
+    """A case of :mod:`tests.host_memory_case` in a process of its own."""
+    figures: dict[str, Any] = json.loads(run_module("tests.host_memory_case", *arguments).splitlines()[-1])
     return figures
 
 
@@ -88,16 +93,8 @@ def test_loading_never_holds_a_second_copy(saved: tuple[dict[str, Any], Path]) -
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_load_one_copy_between_them(saved: tuple[dict[str, Any], Path], num_ranks: int) -> None:
     """Above what each process takes anyway, all ranks together hold what one process would, and little more."""
-    script = str(ROOT / "tests" / "host_memory_case.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "zero", "run", "--nprocs", str(num_ranks), script, "load", str(saved[1])],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    script = ROOT / "tests" / "host_memory_case.py"
+    run_module("zero", "run", "--nprocs", str(num_ranks), script, "load", saved[1])
     ranks = [json.loads((saved[1] / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]
     final_bytes = 6 * ranks[0]["num_parameters"]
     held_bytes = sum(figures["host_bytes"] for figures in ranks)

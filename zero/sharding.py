@@ -25,7 +25,7 @@ from gemini.layout import ChunkLayout, Entry
 from gemini.manager import Manager
 from zero.collectives import all_gather, all_to_all
 from zero.errors import UserError
-from zero.world import World
+from zero.world import PeerLostError, World
 
 ALIGN_NUMEL = 64
 """Shards begin at a whole number of so many elements, the unit in which optimizer kernels work."""
@@ -229,7 +229,17 @@ class RankExchange(Exchange):
         runs: Sequence[Run] = (),
         into: torch.Tensor | None = None,
     ) -> None:
-        """Takes part in rounds until this rank's own wish is met."""
+        """Takes part in rounds until this rank's own wish is met.
+
+        Raises:
+            PeerLostError: an exchange of this rank has failed before. Whoever catches that error and goes on must not
+                train with the gradients that were dropped since.
+        """
+        if self._is_broken:
+            raise PeerLostError(
+                f"rank {self.world.rank}: an earlier exchange failed here, so the ranks do not know the same any more; "
+                "end the program and resume from a checkpoint"
+            )
         mine = Request(want, chunk, what, 0 if want is Want.MEET else self._clock())
         try:
             with self.world.operation(self._describe(mine)):
