@@ -50,13 +50,12 @@ class Chunk(Holdings):
         read: Read = read_tensor,
         exchange: Exchange = ALONE,
     ) -> None:
-        super().__init__(store, exchange.shard(layout))
+        super().__init__(store, transfer, exchange.shard(layout))
         self._exchange = exchange
         self.layout = layout
         self.index = layout.index
-        self._transfer = transfer
         self.tensors = [ChunkTensor(self, index, parameter) for index, parameter in enumerate(parameters)]
-        self.segments = [self._take_over(keep_master, read)]
+        self._segments = [self._take_over(keep_master, read)]
         self._offsets = [entry.offset for entry in layout.entries]
         self._buffer: torch.Tensor | None = None
         self._views: list[torch.Tensor] = []
@@ -64,8 +63,6 @@ class Chunk(Holdings):
         self._fetched: Event | None = None
         self._num_in_use = 0
         self.step = 0
-        # Gradients have reached the owners since they were last forgotten; only where others own a part, too.
-        self.has_sums = False
         placeholder = torch.full((), poison_of(layout.dtype), dtype=layout.dtype, device=store.device.torch_device)
         self._placeholders = [placeholder.expand(e.spec.shape) for e in layout.entries]
         self._bind_placeholders()
@@ -115,7 +112,7 @@ class Chunk(Holdings):
     @property
     def resident(self) -> bool:
         """Whether all values live on the device, so that no gathered copy is needed."""
-        return self.shard.is_whole and len(self.segments) == 1 and self.segments[0].value_tier is Tier.DEVICE
+        return self.shard.is_whole and len(self._segments) == 1 and self._segments[0].value_tier is Tier.DEVICE
 
     @property
     def on_device(self) -> bool:
@@ -143,6 +140,7 @@ class Chunk(Holdings):
             torch.OutOfMemoryError: the device has no room.
         """
         after = [self._after(tensor, Move.FETCH) for tensor in self.tensors]
+        self.settle_update()  # which may fail, or be interrupted: before memory is taken
         numel = self.shard.gathered_numel
         if self._buffer is None:
             self._buffer = self._store.allocate(Tier.DEVICE, Kind.GATHERED, numel, self.layout.dtype)
@@ -168,6 +166,7 @@ class Chunk(Holdings):
     def acquire(self, tensor: ChunkTensor) -> None:
         """HOLD or HOLD_AFTER_* -> COMPUTE; one more holder if it is in COMPUTE already."""
         if tensor.state is not TensorState.COMPUTE:
+            self.settle_update()  # of resident values; others cannot have been fetched before
             self._move(tensor, Move.ACQUIRE)
             self._num_in_use += 1
             if self._fetched is not None:
@@ -219,6 +218,7 @@ class Chunk(Holdings):
         after = self._after(tensor, Move.RESTORE)
         with self._transfer.device.bookkeeping():
             self._send([tensor])
+            self.settle_arrivals()  # the slot is written next
             for segment, start, stop in self.pieces(tensor.entry.offset, tensor.entry.stop):
                 source = segment.values[start - segment.start : stop - segment.start]
                 self._transfer.to_gathered(self.buffer[start:stop], source, segment.value_tier)
@@ -230,6 +230,7 @@ class Chunk(Holdings):
         after = [self._after(tensor, Move.RESTORE) for tensor in ready]
         with self._transfer.device.bookkeeping():
             self._send(ready)
+            self.settle_arrivals()
             self._fill_buffer()
         for tensor, state in zip(ready, after, strict=True):
             tensor.state = state
@@ -305,32 +306,26 @@ class Chunk(Holdings):
         reserve(self.segments, self._store, entry.offset, entry.stop, gradient.dtype, first)
         with torch.no_grad():
             flat = flat_gradient(gradient, entry.spec)
-        send(self.segments, self._store, self._transfer, entry.offset, flat, first)
+        self.expect(send(self.segments, self._store, self._transfer, entry.offset, flat, first))
+        self.settle_arrivals()  # the gradient's memory is autograd's: it goes when this returns
         tensor.has_gradient = True
 
-    def reserve_sums(self, dtype: torch.dtype) -> None:
-        """Makes room for gradients of the owned part, so that adding to them cannot fail."""
-        reserve(self.segments, self._store, self.shard.start, self.shard.stop, dtype, first=not self.has_sums)
-
-    def add_sums(self, start: int, values: torch.Tensor) -> None:
-        """Adds gradients that came from all owners, or takes them as they are where :attr:`has_sums` is not set.
-
-        Args:
-            start: first element of the chunk.
-            values: 1-D, on the device.
-        """
-        send(self.segments, self._store, self._transfer, start, values, first=not self.has_sums)
-
     def _send(self, tensors: Sequence[ChunkTensor]) -> None:
-        """Sends gradients out of their slots, neighbours in one copy. All or, where memory lacks, none."""
+        """Sends gradients out of their slots, neighbours in one copy. All or, where memory lacks, none.
+
+        They are on their way when this returns; the slots may be given back, not written.
+        """
         if not self.shard.is_whole:
             self._send_to_owners(tensors)
             return
+        self.settle_update()
+        if any(tensor.has_gradient for tensor in tensors):
+            self.settle_arrivals()  # what is to be added to may have to move
         runs: list[list[ChunkTensor]] = []
         for tensor in tensors:
             entry, before = tensor.entry, runs[-1][-1] if runs else None
             reserve(
-                self.segments, self._store, entry.offset, entry.stop, self.layout.dtype, first=not tensor.has_gradient
+                self._segments, self._store, entry.offset, entry.stop, self.layout.dtype, first=not tensor.has_gradient
             )
             if before and before.entry.stop == entry.offset and before.has_gradient == tensor.has_gradient:
                 runs[-1].append(tensor)
@@ -339,7 +334,7 @@ class Chunk(Holdings):
         for run in runs:
             start, stop = run[0].entry.offset, run[-1].entry.stop
             piece = self.buffer[start:stop]
-            send(self.segments, self._store, self._transfer, start, piece, first=not run[0].has_gradient)
+            self.expect(send(self._segments, self._store, self._transfer, start, piece, not run[0].has_gradient))
             for tensor in run:
                 tensor.has_gradient = True
 
@@ -365,7 +360,7 @@ class Chunk(Holdings):
         self.before_change()
         self._leave_device()
         try:
-            self.segments = rebuild(self.segments, placement, self._store)
+            self._segments = rebuild(self.segments, placement, self._store)
         finally:
             if self.resident:
                 self._enter_residence()
@@ -445,13 +440,15 @@ class Chunk(Holdings):
 
     def dissolve(self, keep_values: bool = True) -> None:
         """Gives everything back; the parameters become ordinary tensors with their values on the host, or empty ones."""
+        if not keep_values:
+            self.abandon_update()
         self.before_change()
         self._leave_device()
         nothing = torch.empty(0, dtype=self.layout.dtype)
         values = [self.values_of(tensor) if keep_values else nothing for tensor in self.tensors]
         for segment in self.segments:
             segment.free(self._store)
-        self.segments = []
+        self._segments = []
         for tensor, whole in zip(self.tensors, values, strict=True):
             tensor.bound = whole
 
@@ -476,6 +473,8 @@ class Chunk(Holdings):
     def check_integrity(self) -> None:
         """Raises RuntimeError if states, memory and segments contradict one another."""
         self.check_cover(self.index)
+        if self.is_updating and self.gathered_bytes:
+            raise RuntimeError(f"chunk {self.index}: gathered from values that an update is changing")
         if self._num_in_use != sum(tensor.state is TensorState.COMPUTE for tensor in self.tensors):
             raise RuntimeError(f"chunk {self.index}: {self._num_in_use} tensors in use were counted")
         for tensor in self.tensors:

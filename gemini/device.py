@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gemini.hostinfo import host_memory
+from gemini.jobs import HostQueue, InlineQueue, ThreadQueue
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,14 @@ class Device(ABC):
         name: for messages.
         torch_device: where buffers live.
         capacity_bytes: model and non-model data together must stay within it.
+        most_bytes_on_way: gradients that may be on their way to the host at a time.
         expects_backward: a training forward has ended and its backward has not; the simulated device watches for it.
     """
 
     name: str
     torch_device: torch.device
     capacity_bytes: int
+    most_bytes_on_way = 256 << 20
 
     def __init__(self) -> None:
         self.model_data_bytes = 0
@@ -176,6 +179,15 @@ class Device(ABC):
     def stream(self, name: str) -> Stream:
         """A new side stream."""
 
+    def host_queue(self, num_workers: int | None) -> HostQueue:
+        """A queue of work on the host beside the device's computation.
+
+        Args:
+            num_workers: threads; 0 runs each job when it is queued; None: as suits the device.
+        """
+        workers = 1 if num_workers is None else num_workers
+        return ThreadQueue(workers) if workers else InlineQueue()
+
     @abstractmethod
     def wait(self, event: Event) -> None:
         """Computation issued from now on waits for ``event``; the host does not block on a real accelerator."""
@@ -246,6 +258,10 @@ class HostDevice(Device):
         """Copies run at once."""
         del name
         return InlineStream()
+
+    def host_queue(self, num_workers: int | None) -> HostQueue:
+        """Unless asked otherwise without threads: computation needs the same cores."""
+        return super().host_queue(num_workers or 0)
 
     def wait(self, event: Event) -> None:
         """Nothing is ever pending."""

@@ -12,7 +12,7 @@ import torch
 from gemini.layout import ParameterSpec
 from gemini.segment import GRADIENT, Segment, overlaps
 from gemini.store import Kind, Store, Tier
-from gemini.transfer import Transfer
+from gemini.transfer import Arrival, Transfer
 
 
 def flat_gradient(gradient: torch.Tensor, spec: ParameterSpec) -> torch.Tensor:
@@ -45,8 +45,8 @@ def reserve(segments: Sequence[Segment], store: Store, start: int, stop: int, dt
 
 def send(
     segments: Sequence[Segment], store: Store, transfer: Transfer, start: int, source: torch.Tensor, first: bool
-) -> None:
-    """Copies a gradient to its owners, or adds it.
+) -> list[Arrival]:
+    """Copies a gradient to its owners, or adds it; returns what is still on its way.
 
     Args:
         segments: of the chunk.
@@ -56,10 +56,15 @@ def send(
         source: 1-D, the gradient of the elements from ``start`` on.
         first: copy instead of adding.
     """
+    arrivals = []
     for segment, left, right in overlaps(segments, start, start + source.numel()):
         target = _owned(segment, store, source.dtype if first else torch.float32)
         inside = target[left - segment.start : right - segment.start]
-        transfer.gradient_out(inside, source[left - start : right - start], segment.companion_tier, add=not first)
+        piece = source[left - start : right - start]
+        arrival = transfer.gradient_out(inside, piece, segment.companion_tier, add=not first)
+        if arrival is not None:
+            arrivals.append(arrival)
+    return arrivals
 
 
 def drop(segments: Sequence[Segment], store: Store) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 
 from gemini.exchange import Shard
+from gemini.gradients import drop, reserve, send
+from gemini.jobs import Job
 from gemini.layout import Entry
 from gemini.segment import GRADIENT, MASTER, Placement, Segment, device_bytes_at, overlaps, placement_of
 from gemini.store import Store
+from gemini.transfer import Arrival, Transfer
 
 
 class Holdings:
@@ -17,24 +21,113 @@ class Holdings:
 
     Args:
         store: gives memory for companions that appear later.
+        transfer: carries gradients.
         shard: which elements these are.
 
     Attributes:
-        segments: in order, without gap or overlap.
+        has_sums: gradients have reached the owners since they were last forgotten; only where others own a part, too.
         before_change: called before values or companions change or move, gradients apart: somebody may still be
             reading them, such as a checkpoint that is written in the background.
     """
 
-    def __init__(self, store: Store, shard: Shard) -> None:
+    def __init__(self, store: Store, transfer: Transfer, shard: Shard) -> None:
         self._store = store
+        self._transfer = transfer
         self.shard = shard
-        self.segments: list[Segment] = []
+        self._segments: list[Segment] = []
+        self._update: tuple[Job, Callable[[], None]] | None = None
+        self._forgets_gradients = False
+        self._arrivals: list[Arrival] = []
+        self.has_sums = False
         self.before_change: Callable[[], None] = nothing
+
+    @property
+    def segments(self) -> list[Segment]:
+        """In order, without gap or overlap; an update that runs, and gradients on their way, are waited for."""
+        self.settle_update()
+        self.settle_arrivals()
+        return self._segments
+
+    # -- gradients on their way --------------------------------------------------------------------------------------
+
+    def expect(self, arrivals: list[Arrival]) -> None:
+        """Gradients that will be there when somebody asks for the segments."""
+        self._arrivals += arrivals
+
+    def settle_arrivals(self) -> None:
+        """Waits for gradients that are on their way, in the order in which they were sent."""
+        while self._arrivals:
+            self._arrivals[0].settle()
+            del self._arrivals[0]
+
+    def reserve_sums(self, dtype: torch.dtype) -> None:
+        """Makes room for gradients of the owned part, so that adding to them cannot fail."""
+        reserve(self.segments, self._store, self.shard.start, self.shard.stop, dtype, first=not self.has_sums)
+
+    def add_sums(self, start: int, values: torch.Tensor) -> None:
+        """Adds gradients that came from all owners, or takes them as they are where :attr:`has_sums` is not set.
+
+        Args:
+            start: first element of the chunk.
+            values: 1-D, on the device.
+        """
+        self.expect(send(self.segments, self._store, self._transfer, start, values, first=not self.has_sums))
+        self.settle_arrivals()
 
     @property
     def placement(self) -> Placement:
         """Where the elements live now."""
-        return placement_of(self.segments)
+        return placement_of(self._segments)
+
+    # -- an update beside the program --------------------------------------------------------------------------------
+
+    def begin_update(self, job: Job, finish: Callable[[], None]) -> None:
+        """``job`` changes values and companions from now on: whoever asks for them waits for it.
+
+        Args:
+            job: has been queued.
+            finish: what is left to do for the program itself once the job is done.
+        """
+        self.settle_update()
+        self._update = (job, finish)
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether an update has begun and not been waited for."""
+        return self._update is not None
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether whoever asks for values now would wait for an update."""
+        return self._update is not None and not self._update[0].is_done
+
+    def settle_update(self) -> None:
+        """Waits for an update that still runs.
+
+        Raises:
+            Exception: what the update raised; also the next time, since nobody knows how far it came.
+        """
+        if self._update is None:
+            return
+        job, finish = self._update
+        job.wait()
+        finish()
+        self._update = None  # last: after an interrupt it is all to be done still
+        if self._forgets_gradients:
+            self.forget_gradients()
+
+    def abandon_update(self) -> None:
+        """Waits for an update whose result, or error, nobody will ask for."""
+        with contextlib.suppress(Exception):
+            self.settle_update()
+        self._update = None
+
+    def forget_gradients(self) -> None:
+        """Gives the host memory of gradients back, as soon as an update that reads them has run."""
+        self.settle_arrivals()
+        self._forgets_gradients = self.is_updating
+        if not self._forgets_gradients:
+            drop(self._segments, self._store)
 
     def growth_bytes(self, placement: Placement) -> int:
         """Device bytes that a placement would add; negative where it frees some."""
@@ -43,6 +136,10 @@ class Holdings:
     def pieces(self, start: int, stop: int) -> list[tuple[Segment, int, int]]:
         """Segments that hold elements ``[start, stop)``, each with the overlap in chunk elements."""
         return list(overlaps(self.segments, start, stop))
+
+    def pieces_before_update(self, start: int, stop: int) -> list[tuple[Segment, int, int]]:
+        """The same for somebody whom an update waits for, by :attr:`before_change`."""
+        return list(overlaps(self._segments, start, stop))
 
     def own_part(self, entry: Entry, key: str | None) -> torch.Tensor:
         """A host copy of what is owned of one parameter's values (``key`` None) or companion, 1-D, in memory order.
@@ -83,7 +180,7 @@ class Holdings:
     def check_cover(self, index: int) -> None:
         """Raises RuntimeError if the segments of chunk ``index`` do not cover what is owned of it, each element once."""
         at = self.shard.start
-        for segment in self.segments:
+        for segment in self._segments:
             if segment.start != at or segment.values.numel() != segment.numel:
                 raise RuntimeError(f"chunk {index}: segments do not cover it: gap or overlap at element {at}")
             at = segment.stop

@@ -44,6 +44,7 @@ class IdleReads:
         if tensor in self._shown:
             return
         if tensor.chunk.resident:
+            tensor.chunk.settle_update()
             tensor.chunk.before_change()  # the user may write where it lies
             self._device.synchronize()
         else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from gemini.chunk import Chunk
 
 
-def check_chunks(chunks: Sequence[Chunk], gathered: Mapping[int, Chunk]) -> None:
-    """Raises RuntimeError unless each chunk is sound, each parameter in one chunk, and ``gathered`` lists the copies."""
+def check_chunks(chunks: Sequence[Chunk]) -> None:
+    """Raises RuntimeError unless each chunk is sound, and each parameter in one chunk."""
     seen: set[int] = set()
     for position, chunk in enumerate(chunks):
         if chunk.index != position:
@@ -18,5 +18,3 @@ def check_chunks(chunks: Sequence[Chunk], gathered: Mapping[int, Chunk]) -> None
             if id(tensor.parameter) in seen:
                 raise RuntimeError(f"parameter {tensor.name} is in two chunks")
             seen.add(id(tensor.parameter))
-        if (chunk.on_device and not chunk.resident) != (chunk.index in gathered):
-            raise RuntimeError(f"chunk {chunk.index}: gathered list and memory disagree")

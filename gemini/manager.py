@@ -20,9 +20,9 @@ from enum import Enum
 
 import torch
 
-from gemini import gradients
 from gemini.chunk import Chunk
 from gemini.device import Device
+from gemini.fetching import Counters, GatheredChunks
 from gemini.idle import IdleReads
 from gemini.integrity import check_chunks
 from gemini.plan import Plan
@@ -30,8 +30,7 @@ from gemini.recorder import MomentListener, Recorder
 from gemini.state import Move, TensorState
 from gemini.store import Kind, Store, Tier
 from gemini.tensor import ChunkTensor
-from gemini.timeline import choose_victim
-from gemini.trace import Moment, NextUse, Trace
+from gemini.trace import Moment, Trace
 from gemini.transfer import Transfer
 
 __all__ = ["Counters", "Manager", "MomentListener", "Phase", "Scope", "UnitBackward"]
@@ -61,14 +60,6 @@ class UnitBackward:
     hard: dict[ChunkTensor, None] = field(default_factory=dict)
 
 
-@dataclass
-class Counters:
-    """Since the last :meth:`Manager.reset_counters`."""
-
-    num_fetches: int = 0
-    num_evictions: int = 0
-
-
 class Manager:
     """Owns the chunks and moves their bytes.
 
@@ -86,20 +77,15 @@ class Manager:
         self.phase = Phase.IDLE
         self.training_pass = False
         self.plan: Plan | None = None
-        self.counters = Counters()
         self.recorder = Recorder(store)
-        self._idle = IdleReads(self.device, self._make_room, self.write)
-        self._next_use: NextUse | None = None
+        self._gathered = GatheredChunks(chunks, self.device, self.recorder)
+        self._idle = IdleReads(self.device, self._gathered.make_room, self.write)
         self._scopes: list[Scope] = []
         self._units: dict[str, UnitBackward] = {}
         self._current_unit: str | None = None
-        self._eager = True
-        self._gathered: dict[int, Chunk] = {}
         self._num_passes = self._num_borders = 0
         self.num_gradients = 0
         self.all_shown = False
-        # PyTorch keeps one Python object per storage while the storage lives, so its id names a buffer.
-        self._chunk_by_storage: dict[int, Chunk] = {}
 
     @property
     def trace(self) -> Trace | None:
@@ -136,9 +122,9 @@ class Manager:
         self.phase = Phase.FORWARD
         self.training_pass = training
         known = self.trace is not None and self.trace.covers(batch_shape) and not pending
-        self._eager = not (training and known and self.plan is not None and self.plan.reserve_bytes)
-        if self._eager:
-            self._release_all()
+        self._gathered.eager = not (training and known and self.plan is not None and self.plan.reserve_bytes)
+        if self._gathered.eager:
+            self._gathered.release_all()
         self.recorder.begin_pass(batch_shape, active=training)
         self._num_passes += 1
 
@@ -156,13 +142,13 @@ class Manager:
         self.recorder.close()
         if not self.training_pass:
             self.phase = Phase.IDLE
-            self._release_all()
+            self._gathered.release_all()
 
     def abort_pass(self) -> None:
         """The pass will not go on: nobody holds anything any more."""
         self._end_all_scopes()
         self._end_all_backward()
-        self._release_all()
+        self._gathered.release_all()
         self.phase = Phase.IDLE
 
     def begin_backward(self) -> None:
@@ -178,9 +164,9 @@ class Manager:
         """
         self.recorder.close()
         self._end_all_backward()
-        for chunk in list(self._gathered.values()):
-            if any(t.state is TensorState.READY_FOR_REDUCE for t in chunk.tensors) or self._eager:
-                self._drop(chunk)
+        for chunk in self._gathered:
+            if any(t.state is TensorState.READY_FOR_REDUCE for t in chunk.tensors) or self._gathered.eager:
+                self._gathered.drop(chunk)
         self.phase = Phase.IDLE
         self._current_unit = None
         return self.recorder.learn()
@@ -204,7 +190,7 @@ class Manager:
             else:
                 self._scopes[-1].held[tensor] = None
         if not self._scopes:
-            self._give_way()
+            self._gathered.give_way()
 
     def _end_all_scopes(self) -> None:
         for scope in self._scopes:
@@ -274,8 +260,7 @@ class Manager:
     def write(self, tensor: ChunkTensor, values: torch.Tensor) -> None:
         """Replaces a parameter's values, and its master's, between passes."""
         tensor.chunk.write_values(tensor, values)
-        if not tensor.chunk.on_device:
-            self._gathered.pop(tensor.chunk.index, None)
+        self._gathered.forget(tensor.chunk)
 
     # -- backward ----------------------------------------------------------------------------------------------------
 
@@ -289,12 +274,7 @@ class Manager:
 
     def owner(self, saved: torch.Tensor) -> ChunkTensor | None:
         """The tensor of a chunk on the device that a view belongs to; None for anything else."""
-        storage = saved.untyped_storage()
-        chunk = self._chunk_by_storage.get(id(storage))
-        # A chunk that was placed anew has given its buffer up: the old id may name another storage now.
-        if chunk is None or not chunk.on_device or chunk.storage is not storage:
-            return None
-        return chunk.tensor_at(int(saved.storage_offset()))
+        return self._gathered.owner(saved)
 
     def unpack(self, tensor: ChunkTensor) -> None:
         """Backward needs a parameter's values that forward saved."""
@@ -307,7 +287,7 @@ class Manager:
             return
         self._end_holds(holds.soft)
         self._end_holds(holds.hard)
-        self._give_way()
+        self._gathered.give_way()
 
     def _hold_in_backward(self, tensor: ChunkTensor, unit: str, hard: bool) -> None:
         holds = self._units.setdefault(unit, UnitBackward())
@@ -340,7 +320,7 @@ class Manager:
                 holds.hard.pop(tensor, None)
             chunk.take_slot(tensor, gradient)
         if self.recorder.note_gradient(tensor) and chunk.droppable:
-            self._drop(chunk)
+            self._gathered.drop(chunk)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -348,75 +328,16 @@ class Manager:
         if chunk.resident:
             return
         self.settle_idle_reads()
-        self._make_room(chunk.num_bytes)
-        while True:
-            try:
-                with self.device.bookkeeping():
-                    chunk.fetch()
-                break
-            except torch.OutOfMemoryError:
-                if not self._evict_one():
-                    self.recorder.note_gathered(refused_bytes=chunk.num_bytes)
-                    raise
-        self._chunk_by_storage[id(chunk.storage)] = chunk
-        self._gathered[chunk.index] = chunk
-        self.counters.num_fetches += 1
-
-    def _reserve_bytes(self) -> int:
-        """Device bytes to keep free of model data: for activations that the moment will need, or that are there."""
-        if self._eager or self.plan is None or not self.plan.reserve_bytes:
-            return self.device.memory().non_model_bytes
-        return self.plan.reserve_bytes[min(max(0, self.recorder.position), len(self.plan.reserve_bytes) - 1)]
-
-    def _make_room(self, num_bytes: int) -> None:
-        """Evicts, furthest next use first, until ``num_bytes`` more and the reserve fit, or nothing more can go."""
-        room_bytes = self.device.capacity_bytes - self._reserve_bytes()
-        while self.device.model_data_bytes + num_bytes > room_bytes:
-            if not self._evict_one():
-                return  # the allocation will say whether it fits after all
-
-    def _give_way(self) -> None:
-        """Where holders end: without a plan everything that nobody reads goes, with one what the reserve asks for.
-
-        Both in the same places, so that what a warm-up could do with, a planned pass can. Not after every module: a
-        chunk that the next module of the same unit reads would go and come back.
-        """
-        if self._eager:
-            self._release_all()
-        else:
-            self._make_room(0)
-
-    def _evict_one(self) -> bool:
-        """Gives up the gathered chunk that is read furthest in the future; False if all are in use."""
-        candidates = [index for index, chunk in self._gathered.items() if chunk.droppable]
-        if not candidates:
-            return False
-        next_use = self._next_use
-        victim = choose_victim(candidates, next_use, self.recorder.position) if next_use else candidates[0]
-        self._drop(self._gathered[victim])
-        self.counters.num_evictions += 1
-        return True
-
-    def _drop(self, chunk: Chunk) -> None:
-        with self.device.bookkeeping():
-            chunk.reduce()
-        self._gathered.pop(chunk.index, None)
-
-    def _release_all(self) -> None:
-        for chunk in list(self._gathered.values()):
-            if chunk.droppable:
-                self._drop(chunk)
+        self._gathered.fetch(chunk)
 
     def release_stale(self) -> None:
         """Before an update: gathered copies of trained chunks are about to be outdated."""
         self.settle_idle_reads()
-        for chunk in list(self._gathered.values()):
-            if chunk.layout.trainable and chunk.droppable:
-                self._drop(chunk)
+        self._gathered.release_stale()
 
     def make_room_for_step(self) -> None:
         """Before an update on the device: everything gathered goes, so that its temporaries fit."""
-        self._release_all()
+        self._gathered.release_all()
 
     def drop_gradients(self) -> None:
         """All gradients are forgotten: their host memory goes, as with torch's ``zero_grad``.
@@ -427,7 +348,12 @@ class Manager:
             chunk.has_sums = False
         if not self.store.host.pinned_bytes:
             for chunk in self.chunks:
-                gradients.drop(chunk.segments, self.store)
+                chunk.forget_gradients()
+
+    def settle_updates(self) -> None:
+        """Waits for every update that runs beside the program."""
+        for chunk in self.chunks:
+            chunk.settle_update()
 
     def apply(self, plan: Plan) -> None:
         """Moves every chunk to where the plan wants it. Nothing may be running."""
@@ -435,18 +361,18 @@ class Manager:
             raise RuntimeError(f"a plan can only be applied between passes, not in {self.phase.name}")
         self.settle_idle_reads()
         self._end_all_backward()
-        self._release_all()
+        self._gathered.release_all()
         try:
             # What leaves the device goes first.
             for chunk in sorted(self.chunks, key=lambda c: c.growth_bytes(plan.placements[c.index])):
                 chunk.place(plan.placements[chunk.index])
+            self.plan = plan
         except Exception:
             self.plan = Plan(plan.policy, [chunk.placement for chunk in self.chunks])  # as far as it came
             raise
         finally:
-            self._chunk_by_storage = {id(chunk.storage): chunk for chunk in self.chunks if chunk.resident}
-        self.plan = plan
-        self._next_use = NextUse(self.trace) if self.trace is not None else None
+            if self.plan is not None:
+                self._gathered.follow(self.plan, self.trace)
 
     # -- recording ---------------------------------------------------------------------------------------------------
 
@@ -454,15 +380,16 @@ class Manager:
         """A border of the pass: closes the running moment, opens the next, makes room for what it will need."""
         self._num_borders += 1
         if not self.training_pass:
-            self._give_way()
+            self._gathered.give_way()
             return
         self.recorder.close()
         self.recorder.begin_moment(label, phase)
-        self._give_way()
-        for chunk in self._gathered.values():
+        self._gathered.give_way()
+        for chunk in self._gathered:
             if chunk.in_use:
                 self.recorder.note_read(chunk)
         self.recorder.note_gathered()
+        self._gathered.prefetch()
 
     @property
     def pass_moments(self) -> list[Moment]:
@@ -470,26 +397,27 @@ class Manager:
         self.recorder.close()
         return list(self.recorder.moments)
 
+    @property
+    def counters(self) -> Counters:
+        """Of the step that runs."""
+        return self._gathered.counters
+
     def reset_counters(self) -> None:
         """Starts a new optimizer step's counts."""
-        self.counters = Counters()
+        self._gathered.counters = Counters()
         self.transfer.reset_counters()
 
     def gathered_by_state(self) -> dict[str, int]:
         """Device bytes of gathered copies per tensor state."""
-        by_state: dict[str, int] = {}
-        for chunk in self._gathered.values():
-            for tensor in chunk.tensors:
-                num_bytes = tensor.entry.spec.numel * chunk.layout.dtype.itemsize
-                by_state[tensor.state.value] = by_state.get(tensor.state.value, 0) + num_bytes
-        return by_state
+        return self._gathered.bytes_by_state()
 
     # -- integrity ---------------------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if anything owned twice, lost or miscounted is found."""
         self.store.check_integrity()
-        check_chunks(self.chunks, self._gathered)
+        check_chunks(self.chunks)
+        self._gathered.check_integrity()
         gathered_bytes = sum(chunk.gathered_bytes for chunk in self.chunks)
         counted_bytes = self.store.bytes_by[Tier.DEVICE, Kind.GATHERED]
         if gathered_bytes != counted_bytes:

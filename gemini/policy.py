@@ -32,12 +32,14 @@ class Policy:
         resident_parameters: for ``static``: fraction of the parameters' bytes that stays on the device.
         resident_optimizer: for ``static``: fraction of the trainable elements whose companions live on the device.
         profile: rates, for ``auto``.
+        prefetch_depth: moments ahead of which chunks are fetched.
     """
 
     name: str = "auto"
     resident_parameters: float = 0.0
     resident_optimizer: float = 0.0
     profile: HardwareProfile = field(default_factory=HardwareProfile)
+    prefetch_depth: int = 1
 
     def initial(self, facts: list[ChunkFacts], capacity_bytes: int) -> Plan:
         """The plan before anything is known of activations: ``auto`` offloads all, the others stand already.
@@ -58,12 +60,15 @@ class Policy:
             DoesNotFitError: not even the placement with the least on the device fits (``auto``), or the fixed one.
         """
         if self.name == "auto":
-            search = Search(facts, trace, capacity_bytes, self.profile)
+            search = Search(facts, trace, capacity_bytes, self.profile, self.prefetch_depth)
             search.run()
             plan, prediction = Plan("auto", search.placements), search.prediction
         else:
             plan = self._fixed(facts)
-            prediction = replay(facts, plan.placements, trace, capacity_bytes, self.profile)
+            prediction = replay(
+                facts, plan.placements, trace, capacity_bytes, self.profile, prefetch_depth=self.prefetch_depth
+            )
+        plan.prefetch_depth = self.prefetch_depth
         _describe(plan, facts)
         if not prediction.fits:
             raise does_not_fit(facts, plan, trace, capacity_bytes)

@@ -48,13 +48,22 @@ class Search:
         trace: of a pass.
         capacity_bytes: of the device.
         profile: rates.
+        prefetch_depth: of the plan.
     """
 
-    def __init__(self, facts: list[ChunkFacts], trace: Trace, capacity_bytes: int, profile: HardwareProfile) -> None:
+    def __init__(
+        self,
+        facts: list[ChunkFacts],
+        trace: Trace,
+        capacity_bytes: int,
+        profile: HardwareProfile,
+        prefetch_depth: int = 0,
+    ) -> None:
         self._facts = facts
         self._trace = trace
         self._capacity_bytes = capacity_bytes
         self._profile = profile
+        self._depth = prefetch_depth
         self._next_use = NextUse(trace)
         # Elements before each chunk: of all chunks, and of those that have companions.
         trained = [fact.numel if fact.companion_bytes_per_numel else 0 for fact in facts]
@@ -80,7 +89,9 @@ class Search:
         self._refine()
 
     def _predict(self, placements: list[Placement]) -> Prediction:
-        return replay(self._facts, placements, self._trace, self._capacity_bytes, self._profile, self._next_use)
+        return replay(
+            self._facts, placements, self._trace, self._capacity_bytes, self._profile, self._next_use, self._depth
+        )
 
     def _fits(self, placements: list[Placement]) -> bool:
         # What stays is put there of our own accord: it must not be what a slightly larger pass then lacks.

@@ -20,6 +20,7 @@ import torch
 
 from gemini.device import Device, DeviceMemory, Event, Stream
 from gemini.heap import LARGE_BYTES, give_back_free_memory, own_mapping
+from gemini.jobs import HostQueue, Job, Work
 from gemini.tracker import StorageTracker
 from gemini.units import format_bytes
 
@@ -103,6 +104,66 @@ class SimulatedStream(Stream):
                     self._queue[index] = target, source.clone()
 
 
+class _SimulatedJob(Job):
+    def __init__(self, queue: SimulatedQueue, work: Work) -> None:
+        self._queue = queue
+        self._work: Work | None = work
+        self._error: Exception | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has run."""
+        return self._work is None
+
+    def run(self) -> None:
+        """Runs the work; its error is for those who wait."""
+        work, self._work = self._work, None
+        if work is None:
+            return
+        try:
+            with _unwatched():
+                work()
+        except Exception as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Runs this job, if it has not run, and no other: who waits for one must not rely on those before it."""
+        self._queue.forget(self)
+        self.run()
+        if self._error is not None:
+            raise self._error
+
+
+class SimulatedQueue(HostQueue):
+    """Jobs that have not run yet."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+        self._jobs: dict[_SimulatedJob, None] = {}
+
+    def submit(self, work: Work) -> Job:
+        """Queues ``work``; whether it runs now is up to the device's stream order."""
+        job = _SimulatedJob(self, work)
+        self._jobs[job] = None
+        self._device.something_was_queued()
+        return job
+
+    @property
+    def num_pending(self) -> int:
+        """Jobs not yet run."""
+        return len(self._jobs)
+
+    def run_one(self) -> None:
+        """Runs the oldest pending job."""
+        job = next(iter(self._jobs))
+        self.forget(job)
+        job.run()
+
+    def forget(self, job: _SimulatedJob) -> None:
+        """The job runs now."""
+        self._jobs.pop(job, None)
+
+
 class SimulatedDevice(Device):
     """Host memory that behaves like a small accelerator.
 
@@ -112,6 +173,9 @@ class SimulatedDevice(Device):
         seed: for ``StreamOrder.RANDOM``.
         poison: fill memory with NaN when it is given out and when it is given back.
     """
+
+    most_bytes_on_way = 1 << 20
+    """What its queues hold is host memory, which a real device's would not be."""
 
     def __init__(
         self,
@@ -130,6 +194,7 @@ class SimulatedDevice(Device):
         self._random = random.Random(seed)
         self._poison = poison
         self._streams: list[SimulatedStream] = []
+        self._queues: list[SimulatedQueue] = []
         self._tracker = StorageTracker(self._admit, guard_reads=True)
         self._activity_depth = 0
         self._peak_bytes = 0
@@ -210,12 +275,24 @@ class SimulatedDevice(Device):
         """Lets queued copies run, as the order has it."""
         if self._order is StreamOrder.IMMEDIATE:
             self.synchronize()
+            for queue in self._queues:
+                while queue.num_pending:
+                    queue.run_one()
         elif self._order is StreamOrder.RANDOM:
             while self._random.random() < 0.5:
-                pending = [stream for stream in self._streams if stream.num_pending]
+                queues: list[SimulatedStream | SimulatedQueue] = [*self._streams, *self._queues]
+                pending = [queue for queue in queues if queue.num_pending]
                 if not pending:
                     return
                 self._random.choice(pending).run_one()
+
+    def host_queue(self, num_workers: int | None) -> HostQueue:
+        """Jobs run like copies: when the stream order says so, unless a number of threads was asked for."""
+        if num_workers is not None:
+            return super().host_queue(num_workers)
+        queue = SimulatedQueue(self)
+        self._queues.append(queue)
+        return queue
 
     def wait(self, event: Event) -> None:
         """Computation is issued and run at once, so waiting means running the queue."""

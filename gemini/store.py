@@ -1,4 +1,4 @@
-"""Bytes of model data per tier and per kind: every persistent buffer goes through here, so the sums can be checked."""
+"""Bytes per tier and per kind: every persistent buffer goes through here, so the sums can be checked."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Kind(Enum):
     GRADIENTS = "gradients"
     MASTER = "master"
     OPTIMIZER = "optimizer"
+    ACTIVATIONS = "activations"
 
 
 class Store:

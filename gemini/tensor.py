@@ -21,6 +21,8 @@ class ChunkTensor:
         state: see :class:`TensorState`.
         num_holders: how many running modules or backward scopes read it now; positive only in COMPUTE.
         has_gradient: a gradient has been sent to its owner since the last ``zero_grad``.
+        gradient_norm: 2-norm of that gradient as the device had it, a scalar there; None where it is not known, or the
+            gradient has become something else since.
         is_shown: between passes: the user reads it, where it lies or as a copy (:mod:`gemini.idle`).
     """
 
@@ -32,6 +34,7 @@ class ChunkTensor:
         self.state = TensorState.FREE
         self.num_holders = 0
         self.has_gradient = False
+        self.gradient_norm: torch.Tensor | None = None
         self.is_shown = False
         self._seen_version = self.version
 

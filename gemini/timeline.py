@@ -38,6 +38,40 @@ def choose_victim(candidates: list[int], next_use: NextUse, position: int) -> in
     return max(candidates, key=lambda chunk: (next_use.after(chunk, position - 1), -chunk))
 
 
+def room_for_prefetch(
+    chunk: int,
+    num_bytes: int,
+    room_bytes: int,
+    candidates: dict[int, int],
+    next_use: NextUse,
+    position: int,
+) -> list[int] | None:
+    """Which chunks give way for one that is fetched before it is read: only those that are read after it.
+
+    Args:
+        chunk: to be fetched.
+        num_bytes: of its gathered copy.
+        room_bytes: that are free for it; negative where more is held than should be.
+        candidates: bytes of the gathered copies that could be dropped, by chunk.
+        next_use: of the trace.
+        position: of the running moment.
+
+    Returns:
+        The chunks to evict; None if there is no room.
+    """
+    wanted_at = next_use.after(chunk, position)
+    later = [other for other in candidates if next_use.after(other, position - 1) > wanted_at]
+    victims: list[int] = []
+    while num_bytes > room_bytes:
+        if not later:
+            return None
+        victim = choose_victim(later, next_use, position)
+        later.remove(victim)
+        victims.append(victim)
+        room_bytes += candidates[victim]
+    return victims
+
+
 def required_bytes(
     facts: list[ChunkFacts], placements: list[Placement], trace: Trace, with_margin: bool = False
 ) -> int:
@@ -110,6 +144,7 @@ def replay(
     capacity_bytes: int,
     profile: HardwareProfile,
     next_use: NextUse | None = None,
+    prefetch_depth: int = 0,
 ) -> Prediction:
     """Walks through the trace as the manager would.
 
@@ -120,6 +155,7 @@ def replay(
         capacity_bytes: of the device.
         profile: rates for the seconds.
         next_use: of the trace, if the caller has it already.
+        prefetch_depth: the plan's.
     """
     next_use = next_use or NextUse(trace)
     persistent = sum(persistent_bytes(facts, placements))
@@ -130,6 +166,8 @@ def replay(
     for position, moment in enumerate(trace.moments):
         room_bytes = capacity_bytes - persistent - moment.reserve_bytes
         gathered.enter(position, moment, room_bytes)
+        reserves = [later.reserve_bytes for later in trace.moments[position : position + 1 + prefetch_depth]]
+        gathered.prefetch(position, [capacity_bytes - persistent - reserve for reserve in reserves])
         # Where not even what the moment reads fits beside the reserve, it is held in turn.
         beside_bytes = min(gathered.num_bytes, max(0, room_bytes))
         peak = max(peak, persistent + max(needs[position], beside_bytes + moment.non_model_peak_bytes))
@@ -181,6 +219,36 @@ class _Gathered:
             self._held.add(chunk)
             self.num_fetches[chunk] += 1
         self.num_bytes += more_bytes
+
+    def prefetch(self, position: int, room_bytes: list[int]) -> None:
+        """Fetches what the coming moments read, if there is room for it from now on.
+
+        Args:
+            position: of the running moment.
+            room_bytes: for gathered copies in this moment and in each of those that are looked at.
+        """
+        if any(self._chunk_bytes[c] and c not in self._held for c in self._next_use.reads(position)):
+            return
+        for chunk in self._next_use.coming(position, len(room_bytes) - 1):
+            if not self._chunk_bytes[chunk] or chunk in self._held:
+                continue
+            least_bytes = min(room_bytes[: self._next_use.after(chunk, position) - position + 1])
+            victims = room_for_prefetch(
+                chunk,
+                self._chunk_bytes[chunk],
+                least_bytes - self.num_bytes,
+                {held: self._chunk_bytes[held] for held in self._held},
+                self._next_use,
+                position,
+            )
+            if victims is None:
+                return
+            for victim in victims:
+                self._drop(victim)
+                self.num_evictions += 1
+            self._held.add(chunk)
+            self.num_fetches[chunk] += 1
+            self.num_bytes += self._chunk_bytes[chunk]
 
     def leave(self, moment: Moment) -> None:
         """Copies whose gradients are complete went out with them."""

@@ -133,6 +133,16 @@ class NextUse:
             for chunk in moment.reads:
                 self._positions.setdefault(chunk, []).append(position)
         self._num_moments = len(trace.moments)
+        self._reads = [moment.reads for moment in trace.moments]
+
+    def reads(self, position: int) -> list[int]:
+        """Chunks that a moment reads; none where there is no such moment."""
+        return self._reads[position] if 0 <= position < self._num_moments else []
+
+    def coming(self, position: int, depth: int) -> list[int]:
+        """Chunks that the ``depth`` moments after one read, in the order in which they are read."""
+        later = (chunk for reads in self._reads[position + 1 : position + 1 + depth] for chunk in reads)
+        return list(dict.fromkeys(later))
 
     def after(self, chunk: int, position: int) -> int:
         """The first moment after ``position`` that reads the chunk; one full pass later if none is left in this one."""

@@ -2,10 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from gemini.device import Device, Event
 from gemini.store import Tier
+
+
+class Arrival:
+    """A gradient on its way to the host.
+
+    Until :meth:`settle` nobody may read, write or give back where it is wanted.
+
+    Args:
+        event: recorded by the stream that carries it.
+        landing: where it comes to; the target itself where it can.
+        target: the owner's buffer.
+        add: to what is there.
+        settled: told once it is there.
+    """
+
+    def __init__(
+        self,
+        event: Event,
+        landing: torch.Tensor,
+        target: torch.Tensor,
+        add: bool,
+        settled: Callable[[Arrival], None],
+    ) -> None:
+        self._event = event
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = (landing, target)
+        self._add = add
+        self._settled = settled
+        self.num_bytes = landing.nbytes
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is there."""
+        return self._buffers is None
+
+    def settle(self) -> None:
+        """Waits until it is there; may be called again."""
+        if self._buffers is None:
+            return
+        self._event.synchronize()
+        # Both are let go first: whoever still has this object does not keep their memory.
+        (landing, target), self._buffers = self._buffers, None
+        if self._add:
+            target.add_(landing)
+        elif landing is not target:
+            target.copy_(landing)
+        self._settled(self)
 
 
 class Transfer:
@@ -20,8 +68,11 @@ class Transfer:
         self.device = device
         # Carries values to the device. Its events are recorded after each chunk; computation waits on them.
         self._in = device.stream("in")
-        # Carries gradients to the host. The host waits on its events before it reads or the source is given back.
+        # Carries gradients to the host. Who reads them waits on its events (:class:`Arrival`); the memory that they
+        # come from may be given back before: the allocator keeps it until the copy has run.
         self._out = device.stream("out")
+        self._on_way: dict[Arrival, None] = {}  # oldest first
+        self._on_way_bytes = 0
         self.h2d_bytes = 0
         self.d2h_bytes = 0
 
@@ -42,21 +93,43 @@ class Transfer:
         """An event after all values queued so far."""
         return self._in.record()
 
-    def gradient_out(self, target: torch.Tensor, source: torch.Tensor, tier: Tier, add: bool) -> None:
-        """Copies or adds a gradient on the device to its owner's buffer; done when this returns for the host tier."""
+    def gradient_out(self, target: torch.Tensor, source: torch.Tensor, tier: Tier, add: bool) -> Arrival | None:
+        """Copies or adds a gradient on the device to its owner's buffer; None where it is there when this returns."""
         if tier is Tier.DEVICE:
             with torch.no_grad():
                 target.add_(source) if add else target.copy_(source)
-            return
+            return None
         landing = target if target.dtype == source.dtype and not add else torch.empty(source.shape, dtype=source.dtype)
         self._out.wait_compute()
         self._out.copy(landing, source)
-        self._out.record().synchronize()
         self.d2h_bytes += source.nbytes
-        if add:
-            target.add_(landing)
-        elif landing is not target:
-            target.copy_(landing)
+        arrival = Arrival(self._out.record(), landing, target, add, self._arrived)
+        self._on_way[arrival] = None
+        self._on_way_bytes += arrival.num_bytes
+        # They hold memory at both ends: beyond some bytes the oldest are waited for.
+        while self._on_way_bytes > self.device.most_bytes_on_way:
+            next(iter(self._on_way)).settle()
+        return arrival
+
+    def _arrived(self, arrival: Arrival) -> None:
+        del self._on_way[arrival]
+        self._on_way_bytes -= arrival.num_bytes
+
+    def activation_out(self, target: torch.Tensor, source: torch.Tensor) -> Event:
+        """Queues what forward has saved on its way to the host."""
+        with self.device.bookkeeping():
+            self._out.wait_compute()
+            self._out.copy(target, source)
+            self.d2h_bytes += source.nbytes
+            return self._out.record()
+
+    def activation_in(self, target: torch.Tensor, source: torch.Tensor) -> Event:
+        """Queues it on its way back."""
+        with self.device.bookkeeping():
+            self._in.wait_compute()
+            self._in.copy(target, source)
+            self.h2d_bytes += source.nbytes
+            return self._in.record()
 
     def values_in(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """New values to the device after an update on the host; done when this returns."""

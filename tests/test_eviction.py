@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from memory_case import House, build, close, equal_chunks, spec, trace_of
@@ -120,8 +121,9 @@ def test_predicted_fetches_evictions_and_peaks_are_the_managers(data: st.DataObj
     least_bytes = persistent_bytes + max(*needs, *copies)
     capacity_bytes = least_bytes + data.draw(st.integers(0, 20)) * 4
     house.device.capacity_bytes = capacity_bytes
-    predicted = replay(facts, placements, trace, capacity_bytes, PROFILE)
-    driver.apply(with_prediction(Plan("test", placements), predicted, trace))
+    depth = data.draw(st.integers(0, 4))
+    predicted = replay(facts, placements, trace, capacity_bytes, PROFILE, prefetch_depth=depth)
+    driver.apply(with_prediction(Plan("test", placements, prefetch_depth=depth), predicted, trace))
     house.device.lifetime_peaks()
     peak_bytes = persistent_bytes
     for step_number in range(2):  # the second pass finds nothing left over from the first
@@ -187,4 +189,40 @@ def test_a_chunk_that_the_moment_still_reads_is_not_evicted_for_its_neighbour() 
     driver = _warmed_up(house, steps)
     driver.run(steps)
     assert house.manager.counters.num_fetches == 3 + 3 + 2  # one of the first three stayed beside the other unit
+    close(house)
+
+
+class _OnDevice:
+    """Which chunks are on the device when each moment ends."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self.seen: list[list[int]] = []
+
+    def moment_ended(self, moment: object) -> None:
+        del moment
+        self.seen.append([chunk.index for chunk in self._house.chunks if chunk.on_device])
+
+
+@pytest.mark.parametrize(
+    ("depth", "seen", "num_fetches"),
+    [
+        (0, [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3]], 4),
+        (1, [[0, 1], [0, 1, 2], [0, 2, 3], [0, 2, 3], [0, 2, 3]], 4),
+        (2, [[0, 1, 2], [1, 2, 3], [0, 2, 3], [0, 2, 3], [0, 2, 3]], 5),  # too early: one more has to come back
+    ],
+)
+def test_chunks_are_there_before_they_are_read(depth: int, seen: list[list[int]], num_fetches: int) -> None:
+    house = equal_chunks(4, numel=4, capacity_bytes=3 * 16)
+    steps = [Step(f"m{i}", "forward", [read]) for i, read in enumerate([0, 1, 2, 3, 0])]
+    driver = _warmed_up(house, steps)
+    plan, trace = house.manager.plan, house.manager.trace
+    assert plan is not None
+    assert trace is not None
+    predicted = replay(house.facts, plan.placements, trace, 3 * 16, PROFILE, prefetch_depth=depth)
+    driver.apply(with_prediction(Plan("test", plan.placements, prefetch_depth=depth), predicted, trace))
+    house.manager.listener = listener = _OnDevice(house)
+    driver.run(steps)
+    assert listener.seen[: len(steps)] == seen
+    assert house.manager.counters.num_fetches == num_fetches == predicted.num_fetches
     close(house)

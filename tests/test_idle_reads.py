@@ -159,7 +159,7 @@ def test_gathered_copies_give_way_to_what_is_shown() -> None:
     house = _house(capacity_bytes=40 + 20)
     Driver(house).run([Step("u0", "forward", [0])], training=False)
     house.chunks[0].fetch()
-    house.manager._gathered[0] = house.chunks[0]
+    house.manager._gathered._by_index[0] = house.chunks[0]
     house.manager.read(house.tensors[3])
     assert not house.chunks[0].on_device
     house.manager.check_integrity()

@@ -123,7 +123,7 @@ def test_no_plan_goes_over_capacity_and_no_refusal_is_false(
     assert name == "auto" or plan.placements == fixed
     assert plan.reserve_bytes == [moment.reserve_bytes for moment in trace.moments]
     assert (plan.resident_parameter_bytes, plan.device_optimizer_bytes) == persistent_bytes(facts, plan.placements)
-    again = replay(facts, plan.placements, trace, capacity_bytes, profile)
+    again = replay(facts, plan.placements, trace, capacity_bytes, profile, prefetch_depth=plan.prefetch_depth)
     assert (again.num_fetches, again.h2d_bytes, again.step_s) == (
         plan.predicted_fetches,
         plan.predicted_h2d_bytes,

@@ -18,7 +18,6 @@ from gemini.device import Device
 from gemini.exchange import ALONE, Exchange
 from gemini.manager import Phase
 from gemini.plan import Plan
-from gemini.store import Tier
 from gemini.tensor import ChunkTensor
 from zero import checkpoint, export
 from zero.agreement import make_agreement
@@ -37,7 +36,7 @@ from zero.optim.update import ChunkUpdater, device_piece_numel, step_bytes
 from zero.passes import PassPlanner
 from zero.precision import clip_coefficient, require_loss
 from zero.rerun import BufferWatch, StartingPoint
-from zero.setup import Managed, make_policy, make_scaler, take_over
+from zero.setup import Managed, make_activations, make_policy, make_scaler, most_logits, take_over
 
 logger = logging.getLogger("zero")
 
@@ -127,18 +126,18 @@ class Engine:
         policy = make_policy(self.config, self.device)
         self._planner = PassPlanner(policy, managed.facts, self.manager, self.device)
         undo.callback(self.device.close)
+        # Updates run on it until chunks are dissolved.
+        self._queue = self.device.host_queue(self.config.optimizer.num_workers)
+        undo.callback(self._queue.close)
         undo.callback(self._dissolve)
         self._tensors = managed.tensors
         self.facts = managed.facts
         self._ordered = [managed.tensors.get(id(p), p) for p in self.module.parameters()]
         self._agreement = make_agreement(self._ordered, self.manager, exchange)
         self._agreement.begin(self.device)
+        logits, activations = most_logits(self.config), make_activations(self.config, self.manager)
         self._hooks = ModelHooks(
-            self.module,
-            managed.units,
-            self.manager,
-            self._tensors,
-            self._planner,
+            self.module, managed.units, self.manager, self._tensors, self._planner, logits, activations
         )
         undo.callback(self._hooks.remove)
         undo.callback(export.StateDictHook(self.module, self._tensors, self.manager).remove)
@@ -158,7 +157,7 @@ class Engine:
         self._planner.step_bytes = step_bytes(self.facts, temporary_bytes_per_numel(optimizer), capacity_bytes)
         store, transfer = self.manager.store, self.manager.transfer
         piece_numel = device_piece_numel(capacity_bytes)
-        return ChunkUpdater(optimizer, store, transfer, kernel, device_piece_numel=piece_numel)
+        return ChunkUpdater(optimizer, store, transfer, self._queue, kernel, device_piece_numel=piece_numel)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -290,12 +289,11 @@ class Engine:
             return
         if self.optimizer.updater.makes_states_on_device(self.manager.chunks):
             self._planner.offload_everything()  # no plan knows of states that were reset
-        if any(s.companion_tier is Tier.DEVICE for c in self.manager.chunks for s in c.segments):
+        if any(chunk.placement.companion_numel for chunk in self.manager.chunks):
             self.manager.make_room_for_step()
         self.device.reset_peaks()
+        self.optimizer.updater.update((c for c in self.manager.chunks if c.layout.trainable), factor)
         for chunk in self.manager.chunks:
-            if chunk.layout.trainable:
-                self.optimizer.updater.update(chunk, factor)
             chunk.step = self.num_steps + 1
         if self.manager.trace is not None:
             trace = self.manager.trace
@@ -396,6 +394,7 @@ class Engine:
 
     def synchronize(self) -> None:
         """Finishes everything pending: copies, updates, and a save in the background, whose error it raises."""
+        self.manager.settle_updates()
         self.device.synchronize()
         self._saves.wait()
 

@@ -102,6 +102,7 @@ class ManagedParameter(nn.Parameter):
         tensor.chunk.settle_gradients()
         if not tensor.has_gradient:
             return None
+        tensor.gradient_norm = None  # whoever looks may write
         pieces = gradient_pieces(tensor)
         spec = tensor.entry.spec
         if len(pieces) == 1 and tensor.chunk.shard.is_whole:
@@ -171,6 +172,7 @@ def forget_gradient(tensor: ChunkTensor) -> None:
         return  # what others may have sent already stays
     tensor.chunk.before_forgetting()
     tensor.has_gradient = False
+    tensor.gradient_norm = None
     if tensor.chunk.has_sums:  # what comes next is added there
         _fill_zero(tensor)
 
@@ -179,6 +181,7 @@ def zero_gradient(tensor: ChunkTensor) -> None:
     """The parameter's gradient, if it has one, is zero from now on."""
     tensor.parameter.__dict__.pop(_SHOWN, None)
     if tensor.has_gradient:
+        tensor.gradient_norm = None
         tensor.chunk.before_forgetting()
         _fill_zero(tensor)
 

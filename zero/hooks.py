@@ -24,12 +24,15 @@ from torch import nn
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from gemini.activations import Activations, SavedOnHost
 from gemini.manager import Manager, Phase
 from gemini.tensor import ChunkTensor
 from zero.direct import DirectUse, SavedNote, inside_backward, written_between
 from zero.errors import UserError
 from zero.gradient import settle_gradient, settle_gradients, take_autograd_gradient, watch_use
+from zero.lazy_logits import LazyHead
 from zero.passes import PassPlanner
+from zero.precision import norm_on_arrival
 from zero.units import Unit
 
 _CALL = nn.Module._call_impl.__code__
@@ -87,6 +90,8 @@ class ModelHooks:
         manager: Manager,
         tensors: dict[int, ChunkTensor],
         planner: PassPlanner,
+        most_logits: int | None = None,
+        activations: Activations | None = None,
     ) -> None:
         self._root = root
         self._manager = manager
@@ -103,6 +108,8 @@ class ModelHooks:
         self._saving: Any = None
         self._graphs: list[weakref.ref[PendingGraph]] = []
         self._install()
+        self._activations = activations
+        self._head = None if most_logits is None else LazyHead(root, most_logits, self._head_backward_begins)
 
     # -- installing --------------------------------------------------------------------------------------------------
 
@@ -129,6 +136,10 @@ class ModelHooks:
 
     def remove(self) -> None:
         """Leaves the model without any of our hooks; parameters stay where they are."""
+        if self._head is not None:
+            self._head.remove()
+        if self._activations is not None:
+            self._activations.clear()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -202,6 +213,10 @@ class ModelHooks:
             self._planner.pass_begins(training, _largest_shape((args, kwargs)), self.graph_pending)
         self._pass_context = device.activity()
         self._pass_context.__enter__()
+        if self._head is not None:
+            self._head.active = kwargs.get("labels") is not None
+        if training and self._activations is not None:
+            self._activations.begin_pass()
         self._saving = saved_tensors_hooks(self._pack, self._unpack) if training else None
         if self._saving is not None:
             self._saving.__enter__()
@@ -243,6 +258,8 @@ class ModelHooks:
             if context is not None:
                 context.__exit__(None, None, None)
         self._saving = self._pass_context = None
+        if self._head is not None:
+            self._head.active = False
 
     def settle_interrupted_forward(self) -> None:
         """Clears up after a forward that ended in what torch runs no hooks for (Ctrl-C); nothing if there was none."""
@@ -279,6 +296,10 @@ class ModelHooks:
     def _pack(self, saved: torch.Tensor) -> Any:
         tensor = self._manager.owner(saved)
         if tensor is None or saved.dtype != tensor.chunk.layout.dtype:
+            if self._activations is not None:
+                on_host = self._activations.put(saved)
+                if on_host is not None:
+                    return on_host
             # Never the tensor itself: where a node saves its own output, that is a cycle which only backward breaks,
             # and a branch that gets no gradient would leak it every step.
             return saved.detach() if saved.grad_fn is not None else saved
@@ -286,6 +307,8 @@ class ModelHooks:
         return SavedView(tensor, saved.shape, saved.stride(), int(saved.storage_offset()), version)
 
     def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, SavedOnHost):
+            return packed.take()
         if not isinstance(packed, SavedView):
             return packed  # type: ignore[no-any-return]
         if packed.version != packed.tensor.parameter._version:
@@ -323,6 +346,9 @@ class ModelHooks:
 
         for tensor in wanted:
             tensor.register_hook(one_more)
+
+    def _head_backward_begins(self) -> None:
+        self._unit_backward_begins("loss")
 
     def _unit_backward_begins(self, label: str) -> None:
         self._enter_backward()
@@ -377,6 +403,8 @@ class ModelHooks:
             self._enter_backward()
         tensor = self._tensors[id(parameter)]
         settle_gradient(tensor)
+        with self._manager.device.bookkeeping():
+            tensor.gradient_norm = norm_on_arrival(tensor, gradient)
         self._manager.take_gradient(tensor, gradient)
 
 

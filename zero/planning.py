@@ -20,6 +20,7 @@ from gemini.segment import Placement
 from gemini.timeline import required_bytes
 from gemini.trace import Moment, Trace
 from gemini.units import format_bytes
+from zero.config.loading import for_trainer
 from zero.config.schema import Config
 from zero.dryrun import models_own_code, walk, walk_evaluation
 from zero.models.build import dress, model_config
@@ -131,6 +132,7 @@ def plan_run(
         CannotWalkError: the model fails on tensors without values (its forward branches on them, say), so that only the
             warm-up of the real run can tell.
     """
+    config = for_trainer(config)
     shape = (config.train.per_device_train_batch_size, config.data.seq_length)
     transformers_config = model_config(config, tokenizer)
 

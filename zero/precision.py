@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -93,11 +94,16 @@ def gradient_statistics(tensors: Iterable[ChunkTensor | torch.Tensor], inverse_s
     """
     norms, finite = [], True
     scratch: dict[torch.device, torch.Tensor] = {}
+    tensors = list(tensors)
+    known = _known_norms(tensors, inverse_scale)
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor):
             norms += [torch.zeros(())] if tensor.grad is not None else []
             continue
         if not tensor.has_gradient:
+            continue
+        if tensor in known:
+            norms.append(known[tensor])
             continue
         pieces = gradient_pieces(tensor)
         flat = pieces[0] if len(pieces) == 1 else torch.cat([piece.cpu() for piece in pieces])
@@ -109,6 +115,31 @@ def gradient_statistics(tensors: Iterable[ChunkTensor | torch.Tensor], inverse_s
     if not norms:
         return GradientStatistics(0.0, True)
     return GradientStatistics(float(torch.linalg.vector_norm(torch.stack(norms))), finite)
+
+
+def norm_on_arrival(tensor: ChunkTensor, gradient: torch.Tensor) -> torch.Tensor | None:
+    """The 2-norm in fp32, on the device, of a gradient that backward has just made; None where more belongs to it.
+
+    With it nobody has to read the gradient once more on the host, after it has left and before the update can begin.
+    """
+    alone = tensor.chunk.shard.is_whole and not tensor.has_gradient
+    if not alone or gradient.stride() != tensor.entry.spec.stride:
+        return None
+    with torch.no_grad():
+        flat = gradient.as_strided((gradient.numel(),), (1,))
+        norm: torch.Tensor = torch.linalg.vector_norm(flat, dtype=torch.float32)
+    return norm
+
+
+def _known_norms(tensors: list[ChunkTensor | torch.Tensor], inverse_scale: float) -> dict[Any, torch.Tensor]:
+    """Norms that are known already and finite, unscaled: to the bit what the gradients themselves would give."""
+    if math.frexp(inverse_scale)[0] != 0.5:  # no power of 2: to scale a norm would round otherwise
+        return {}
+    known = [t for t in tensors if isinstance(t, ChunkTensor) and t.has_gradient and t.gradient_norm is not None]
+    if not known:
+        return {}
+    norms = torch.stack([tensor.gradient_norm for tensor in known]).cpu() * inverse_scale  # type: ignore[misc]
+    return {tensor: norm for tensor, norm in zip(known, norms, strict=True) if torch.isfinite(norm)}
 
 
 def unscaled(flat: torch.Tensor, inverse_scale: float, scratch: dict[torch.device, torch.Tensor]) -> torch.Tensor:

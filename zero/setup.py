@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from gemini.activations import Activations
 from gemini.arena import HostArena
 from gemini.chunk import Chunk
 from gemini.device import AcceleratorDevice, Device, HostDevice
@@ -65,7 +66,28 @@ def make_policy(config: Config, device: Device) -> Policy:
     """The policy that ``[memory]`` names. On the host ``auto`` means that nothing moves: there is nowhere to go."""
     memory = config.memory
     name = "cuda" if memory.policy == "auto" and isinstance(device, HostDevice) else memory.policy
-    return Policy(name, memory.resident_parameters, memory.resident_optimizer)
+    policy = Policy(name, memory.resident_parameters, memory.resident_optimizer)
+    return policy if memory.prefetch == "auto" else replace(policy, prefetch_depth=memory.prefetch)
+
+
+def most_logits(config: Config) -> int | None:
+    """Logits of a chunked loss that may be on the device at a time; None for a loss that is not chunked.
+
+    What they take is small beside the device's capacity.
+    """
+    if config.train.chunked_loss is not True:
+        return None
+    capacity_bytes = config.device.memory
+    return 1 << 24 if capacity_bytes is None else min(1 << 24, capacity_bytes // 256)
+
+
+def make_activations(config: Config, manager: Manager) -> Activations | None:
+    """Where what forward saves waits for backward, if that is not the device."""
+    if config.memory.activations == "device" or isinstance(manager.device, HostDevice):
+        return None
+    capacity_bytes = config.device.memory
+    least_bytes = 1 << 20 if capacity_bytes is None else min(1 << 20, capacity_bytes // 1024)
+    return Activations(manager.store, manager.transfer, least_bytes)
 
 
 def make_scaler(config: Config) -> LossScaler:

@@ -16,6 +16,7 @@ import torch
 from gemini.plan import DoesNotFitError
 from gemini.units import format_bytes
 from zero.config.describe import to_toml
+from zero.config.loading import for_trainer
 from zero.config.schema import Config
 from zero.data.loaders import DataBundle, build_dataloaders
 from zero.data.preview import describe_sample
@@ -78,6 +79,7 @@ class Trainer:
         config.require_model()
         config.require_data()
         check_trackers(config.train.report_to)
+        config = for_trainer(config)
         self.config = config
         self._ranks = Ranks(join_ranks(config))
         self.output_dir = Path(config.run_folder)

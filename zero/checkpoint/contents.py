@@ -82,7 +82,7 @@ class Source:
                 yield from in_blocks(self.buffer.detach().reshape(-1)[self.start : self.stop])
             return
         chunk, offset = self.chunk_tensor.chunk, self.chunk_tensor.entry.offset
-        for segment, left, right in chunk.pieces(offset + self.start, offset + self.stop):
+        for segment, left, right in chunk.pieces_before_update(offset + self.start, offset + self.stop):
             held = segment.values if self._key is None else segment.companions[self._key]
             for block in in_blocks(held[left - segment.start : right - segment.start]):
                 yield block.to(self.dtype)

@@ -85,7 +85,7 @@ def _forget_states(engine: Engine) -> None:
                 segment.drop(store, key)
         chunk.has_sums = False
         for tensor in chunk.tensors:
-            tensor.has_gradient = False
+            tensor.has_gradient, tensor.gradient_norm = False, None
     if engine.optimizer is not None:
         engine.optimizer.updater.scalars.clear()
         engine.optimizer.updater.keys.clear()

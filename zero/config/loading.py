@@ -66,6 +66,13 @@ def load_config(
     return _finished(config, draft, label, source)
 
 
+def for_trainer(config: Config) -> Config:
+    """The config with what is `auto` there as `zero train` has it, where that differs from a loop of the user's own."""
+    if config.train.chunked_loss != "auto":
+        return config
+    return load_config(config, {"train": {"chunked_loss": True}})
+
+
 def _read(source: Any) -> tuple[Mapping[Any, Any], str, _Form]:
     """The source's tables, its name for messages, and the form they are in."""
     if source is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from zero.config.types import (
     Allowed,
@@ -68,6 +68,14 @@ class MemorySection(Section):
     chunk: ByteAmount = 64 * 2**20
     """Largest chunk in bytes. Larger ones use the link better, smaller ones fit a smaller device; a parameter larger
     than this gets a chunk of its own."""
+
+    activations: Literal["device", "host"] = "device"
+    """Where what forward saves waits for backward. `host` frees device memory for longer sequences; with
+    train.gradient_checkpointing only each block's input moves, without it everything does, which is slow."""
+
+    prefetch: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = "auto"
+    """Units ahead of which parameters are fetched, as far as device memory is spare, so that copies run beside
+    computing; 0 fetches a unit when it runs. Results are the same to the bit. `auto` leaves it to the plan."""
 
     pin: bool = True
     """Lock host memory so that copies to and from the device run beside computing. Turn off where locked memory is

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from zero.config.types import (
     Allowed,
@@ -88,6 +88,16 @@ class OptimizerSection(Section):
     kernel: Literal["auto", "native", "torch"] = "auto"
     """Who computes the update on the CPU: `native` is the C AdamW of this package, `torch` is torch's own arithmetic
     bit for bit, `auto` takes native where it could be built and the optimizer is adamw."""
+
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Threads that update parameters on the CPU while the device goes on to the next forward pass; results are the same
+    to the bit. `auto` is one beside an accelerator, and none with device.type = cpu, where the model needs the same
+    cores; 0 makes every update before step() returns."""
+
+    @property
+    def num_workers(self) -> int | None:
+        """Threads for updates; None for as many as suit the device."""
+        return None if self.workers == "auto" else self.workers
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for the optimizer's class in torch.optim: lr and what else it takes of this table."""
@@ -172,6 +182,11 @@ class TrainSection(Section):
     ] = False
     """Keep only each block's input and compute the rest again in backward: less memory, a third more computing.
     `true` is "non_reentrant"."""
+
+    chunked_loss: bool | Literal["auto"] = "auto"
+    """Compute the loss from the last hidden states piece by piece, so that the logits of a large batch are never on the
+    device as a whole: results are those of plain PyTorch up to rounding, and to the bit for small batches. `auto` is
+    true in `zero train`, and false in your own loop. Only for models of transformers whose head is a linear layer."""
 
     max_skipped_steps: PositiveInt = 10
     """Steps in a row that may be skipped for a loss or gradient that is not finite, or for a spike, before the run goes

@@ -7,11 +7,13 @@ border cuts is therefore put together, updated as one, and put back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from gemini.exchange import Shard
 from gemini.layout import Entry
-from gemini.segment import GRADIENT, Segment
+from gemini.segment import GRADIENT, Segment, overlaps
 from gemini.store import Store, Tier
 from gemini.tensor import ChunkTensor
 
@@ -31,21 +33,21 @@ def whole_blocks(entry: Entry, shard: Shard, left: int, right: int) -> tuple[int
     return left, right
 
 
-def cut_blocks(tensor: ChunkTensor) -> list[tuple[int, int]]:
-    """Blocks of a parameter with a segment border inside, in chunk elements, as far as they are owned."""
+def cut_blocks(tensor: ChunkTensor, segments: Sequence[Segment]) -> list[tuple[int, int]]:
+    """Blocks of a parameter with a border between ``segments`` inside, in chunk elements, as far as they are owned."""
     entry, shard = tensor.entry, tensor.chunk.shard
     last = min(entry.stop, shard.stop)
     starts: dict[int, None] = {}
-    for _, _, border in tensor.chunk.pieces(entry.offset, entry.stop):
+    for _, _, border in overlaps(segments, entry.offset, entry.stop):
         beyond = (border - entry.offset) % BLOCK_NUMEL
         if border < last and beyond:
             starts[max(border - beyond, shard.start)] = None
     return [(start, min(start + BLOCK_NUMEL, last)) for start in starts]
 
 
-def join(tensor: ChunkTensor, start: int, stop: int) -> Segment:
+def join(segments: Sequence[Segment], start: int, stop: int) -> Segment:
     """A segment of host copies of the block's companions."""
-    pieces = tensor.chunk.pieces(start, stop)
+    pieces = list(overlaps(segments, start, stop))
     keys = [key for key in pieces[0][0].companions if all(key in segment.companions for segment, _, _ in pieces)]
     parts = {
         key: [segment.companions[key][left - segment.start : right - segment.start] for segment, left, right in pieces]
@@ -55,9 +57,9 @@ def join(tensor: ChunkTensor, start: int, stop: int) -> Segment:
     return Segment(start, stop, Tier.HOST, Tier.HOST, torch.empty(0), companions)
 
 
-def put_back(tensor: ChunkTensor, joined: Segment, store: Store) -> None:
+def put_back(segments: Sequence[Segment], joined: Segment, store: Store) -> None:
     """Writes what has become of a joined block to the segments that own it."""
-    for segment, left, right in tensor.chunk.pieces(joined.start, joined.stop):
+    for segment, left, right in overlaps(segments, joined.start, joined.stop):
         for key, values in joined.companions.items():
             if key != GRADIENT:
                 target = segment.companion(store, key, values.dtype)

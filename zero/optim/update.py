@@ -1,16 +1,21 @@
-"""The update of one chunk: torch's own arithmetic on pieces, or the native kernel in one pass."""
+"""The update of one chunk: torch's own arithmetic on pieces, or the native kernel in one pass.
+
+What needs nothing but host memory runs beside the program: the next pass waits for each chunk's update when it fetches
+the chunk, and whoever else asks for values or states waits as well (:meth:`gemini.holdings.Holdings.begin_update`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from gemini.chunk import Chunk
+from gemini.jobs import HostQueue
 from gemini.plan import ChunkFacts
 from gemini.segment import GRADIENT, MASTER, Segment
 from gemini.store import Store, Tier
@@ -18,9 +23,8 @@ from gemini.tensor import ChunkTensor
 from gemini.transfer import Transfer
 from zero.optim.elementwise import run, shadow_of
 from zero.optim.native import NativeKernel
-from zero.optim.straddle import BLOCK_NUMEL, cut_blocks, join, put_back, whole_blocks
-
-Group = dict[str, Any]
+from zero.optim.straddle import BLOCK_NUMEL, cut_blocks, join, put_back
+from zero.optim.work import ChunkWork, Group, Piece, Scalars, captured
 
 
 def device_piece_numel(capacity_bytes: int) -> int:
@@ -46,13 +50,24 @@ def step_bytes(facts: Sequence[ChunkFacts], temporary_bytes_per_numel: int, capa
     return max(most_numel * (4 + temporary_bytes_per_numel), 4 * narrow_numel)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A run of elements of one parameter inside one segment, in segment elements."""
+class ScalarsByTensor(dict[ChunkTensor, Scalars]):
+    """Step counts and the like of each parameter; whoever reads them waits for the parameter's update."""
 
-    tensor: ChunkTensor
-    start: int
-    stop: int
+    def __getitem__(self, tensor: ChunkTensor) -> Scalars:
+        """After the update."""
+        tensor.chunk.settle_update()
+        return super().__getitem__(tensor)
+
+    def get(self, tensor: ChunkTensor, default: Any = None) -> Any:
+        """Likewise."""
+        tensor.chunk.settle_update()
+        return super().get(tensor, default)
+
+    def items(self) -> Any:
+        """After all updates."""
+        for tensor in self:
+            tensor.chunk.settle_update()
+        return super().items()
 
 
 class ChunkUpdater:
@@ -62,9 +77,14 @@ class ChunkUpdater:
         optimizer: the user's; its class and groups give arithmetic and hyperparameters.
         store: gives memory for states that appear on the first step.
         transfer: carries new values between tiers.
+        queue: takes updates that may run beside the program.
         kernel: the native kernel, or None for torch's arithmetic.
         piece_numel: most elements per torch call on the host: what stays in cache, and what temporaries may take.
         device_piece_numel: the same on the device, where temporaries count against its capacity.
+
+    Attributes:
+        scalars: states that are no tensors of the parameter's length, by parameter; none before its first update.
+        keys: names and dtypes of the states that are.
     """
 
     def __init__(
@@ -72,18 +92,29 @@ class ChunkUpdater:
         optimizer: torch.optim.Optimizer,
         store: Store,
         transfer: Transfer,
+        queue: HostQueue,
         kernel: NativeKernel | None,
         piece_numel: int = 1 << 20,
         device_piece_numel: int = 1 << 20,
     ) -> None:
-        self._shadow = shadow_of(optimizer)
+        self._optimizer = optimizer
         self._groups: dict[ChunkTensor, Group] = {}
         self._store = store
         self._transfer = transfer
+        self._queue = queue
         self._kernel = kernel
         self._piece_numel = {Tier.HOST: piece_numel, Tier.DEVICE: device_piece_numel}
-        self.scalars: dict[ChunkTensor, dict[str, Any]] = {}
+        self._of_thread = threading.local()
+        self.scalars: dict[ChunkTensor, Scalars] = ScalarsByTensor()
         self.keys: dict[str, torch.dtype] = {}
+
+    @property
+    def _shadow(self) -> torch.optim.Optimizer:
+        """What carries out torch's arithmetic: one for each thread, which gives it parameters for a moment."""
+        shadow: torch.optim.Optimizer | None = getattr(self._of_thread, "shadow", None)
+        if shadow is None:
+            shadow = self._of_thread.shadow = shadow_of(self._optimizer)
+        return shadow
 
     def use_groups(self, group_of: dict[ChunkTensor, Group]) -> None:
         """From now on these tensors are updated, each with the hyperparameters of its group."""
@@ -91,6 +122,7 @@ class ChunkUpdater:
 
     def forget(self, tensor: ChunkTensor) -> None:
         """The tensor has no states any more: its next update is its first."""
+        tensor.chunk.settle_update()
         self.scalars.pop(tensor, None)
         tensor.chunk.before_change()
         for segment, left, right in tensor.chunk.pieces(tensor.entry.offset, tensor.entry.stop):
@@ -106,104 +138,110 @@ class ChunkUpdater:
             for tensor in chunk.tensors
         )
 
-    def update(self, chunk: Chunk, factor: float) -> None:
-        """One optimizer step on every parameter of the chunk that has a gradient.
+    def update(self, chunks: Iterable[Chunk], factor: float) -> None:
+        """One optimizer step on every parameter that has a gradient; what may run beside the program is only begun.
 
         Args:
-            chunk: trainable, with no gathered copy on the device.
+            chunks: in the order in which the next pass reads them, with no gathered copies on the device.
             factor: gradients are multiplied by it first (1 / loss scale x clip coefficient).
         """
-        if not any(tensor.has_gradient and tensor in self._groups for tensor in chunk.tensors):
-            return
-        chunk.before_change()
-        before = {tensor: self.scalars.get(tensor) for tensor in chunk.tensors}
-        for segment in chunk.segments:
+        now = {id(group): captured(group) for group in {id(g): g for g in self._groups.values()}.values()}
+        for chunk in chunks:
+            groups = {t: now[id(self._groups[t])] for t in chunk.tensors if t.has_gradient and t in self._groups}
+            if not groups:
+                continue
+            before = {tensor: self.scalars.get(tensor) for tensor in groups}
+            work = ChunkWork(chunk, chunk.segments, groups, before, factor)
+            if work.needs_only_host_memory(self.keys):
+                self._begin(work)
+            else:
+                self._carry_out(work)
+                self._bring_values(work, self._rounded(work))
+
+    def _begin(self, work: ChunkWork) -> None:
+        rounded: list[torch.Tensor | None] = []
+
+        def run() -> None:
+            self._carry_out(work)
+            rounded.extend(self._rounded(work))
+
+        job = self._queue.submit(run)
+        work.chunk.begin_update(job, lambda: self._bring_values(work, rounded))
+
+    # -- on whichever thread -----------------------------------------------------------------------------------------
+
+    def _carry_out(self, work: ChunkWork) -> None:
+        """The arithmetic; touches nothing of the chunk but what ``work`` names."""
+        work.chunk.before_change()
+        for segment in work.segments:
             with self._on(segment):
                 if self._kernel is not None and segment.companion_tier is Tier.HOST:
-                    self._native(chunk, segment, factor, before)
+                    self._native(self._kernel, work, segment)
                 else:
-                    self._torch(chunk, segment, factor, before)
-        for tensor in chunk.tensors:
-            if tensor.has_gradient and self._rounds_by_position(tensor):
-                self._joint_steps(tensor, factor, before)
-        self._count_elsewhere(chunk, before)
-        for segment in chunk.segments:
-            with self._on(segment):
-                self._publish(segment)
-
-    def _count_elsewhere(self, chunk: Chunk, before: dict[ChunkTensor, dict[str, Any] | None]) -> None:
-        """Step counts and the like of parameters that only others own a part of: all processes know the same of them.
-
-        Such scalars do not depend on values, so the optimizer runs on one element that nobody keeps.
-        """
-        for tensor in chunk.tensors:
-            owned = next(iter(chunk.pieces(tensor.entry.offset, tensor.entry.stop)), None) is not None
-            if owned or not tensor.has_gradient or tensor not in self._groups:
-                continue
-            one = {key: torch.zeros(1) for key in (MASTER, GRADIENT)}
-            one |= {key: torch.zeros(1, dtype=dtype) for key, dtype in self.keys.items() if before[tensor] is not None}
-            stand_in = Segment(0, 1, Tier.HOST, Tier.HOST, torch.empty(0), one)
-            known = set(one)
-            self._torch_step(stand_in, [Piece(tensor, 0, 1)], 1.0, before)
-            for key in stand_in.companions.keys() - known:
-                stand_in.drop(self._store, key)
+                    for pieces in work.batches(segment, self._piece_numel[segment.companion_tier]):
+                        self._torch_step(work, segment, pieces)
+        for tensor in work.groups:
             if self._kernel is not None:
-                self.scalars[tensor] = {"step": torch.tensor(float(self.scalars[tensor]["step"]))}
+                self.scalars[tensor] = {"step": torch.tensor(float(work.native_step(tensor)))}
+            elif work.rounds_by_position(tensor):
+                self._joint_steps(work, tensor)
+            if self._kernel is None and not work.is_owned(tensor):
+                self._count(work, tensor)
 
     def _on(self, segment: Segment) -> contextlib.AbstractContextManager[Any]:
         on_device = segment.companion_tier is Tier.DEVICE
         return self._store.device.activity() if on_device else contextlib.nullcontext()
 
+    def _count(self, work: ChunkWork, tensor: ChunkTensor) -> None:
+        """Step counts and the like of a parameter that only others own a part of: all processes know the same of them.
+
+        Such scalars do not depend on values, so the optimizer runs on one element that nobody keeps.
+        """
+        one = {key: torch.zeros(1) for key in (MASTER, GRADIENT)}
+        one |= {key: torch.zeros(1, dtype=dtype) for key, dtype in self.keys.items() if work.before[tensor] is not None}
+        stand_in = Segment(0, 1, Tier.HOST, Tier.HOST, torch.empty(0), one)
+        self._torch_step(work, stand_in, [Piece(tensor, 0, 1)])
+        for key in stand_in.companions.keys() - one.keys():
+            stand_in.drop(self._store, key)
+
     # -- torch -------------------------------------------------------------------------------------------------------
 
-    def _rounds_by_position(self, tensor: ChunkTensor) -> bool:
-        return self._kernel is None and bool(self._groups.get(tensor, {}).get("fused"))
-
-    def _joint_steps(
-        self, tensor: ChunkTensor, factor: float, before: dict[ChunkTensor, dict[str, Any] | None]
-    ) -> None:
-        for start, stop in cut_blocks(tensor):
-            joined = join(tensor, start, stop)
+    def _joint_steps(self, work: ChunkWork, tensor: ChunkTensor) -> None:
+        for start, stop in cut_blocks(tensor, work.segments):
+            joined = join(work.segments, start, stop)
             known = set(joined.companions)
-            self._torch_step(joined, [Piece(tensor, 0, stop - start)], factor, before)
-            put_back(tensor, joined, self._store)
+            self._torch_step(work, joined, [Piece(tensor, 0, stop - start)])
+            put_back(work.segments, joined, self._store)
             for key in joined.companions.keys() - known:  # states of the first step
                 joined.drop(self._store, key)
 
-    def _torch(
-        self, chunk: Chunk, segment: Segment, factor: float, before: dict[ChunkTensor, dict[str, Any] | None]
-    ) -> None:
-        for pieces in self._batches(chunk, segment):
-            self._torch_step(segment, pieces, factor, before)
-
-    def _torch_step(
-        self, segment: Segment, pieces: list[Piece], factor: float, before: dict[ChunkTensor, dict[str, Any] | None]
-    ) -> None:
+    def _torch_step(self, work: ChunkWork, segment: Segment, pieces: list[Piece]) -> None:
         by_group: dict[int, tuple[Group, list[torch.Tensor]]] = {}
         state: dict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
         owners: list[tuple[Piece, torch.Tensor]] = []
         for piece in pieces:
             master = segment.companions[MASTER][piece.start : piece.stop]
             gradient = segment.companions[GRADIENT][piece.start : piece.stop].to(torch.float32)
-            master.grad = gradient.mul_(factor) if factor != 1.0 else gradient
-            state[master] = self._state_of(segment, piece, before[piece.tensor])
-            group = self._groups[piece.tensor]
+            master.grad = gradient.mul_(work.factor) if work.factor != 1.0 else gradient
+            state[master] = self._state_of(segment, piece, work.before[piece.tensor])
+            group = work.groups[piece.tensor]
             by_group.setdefault(id(group), (group, []))[1].append(master)
             owners.append((piece, master))
-        self._shadow.param_groups = [{**group, "params": params} for group, params in by_group.values()]
-        self._shadow.state = state  # type: ignore[assignment]
+        shadow = self._shadow
+        shadow.param_groups = [{**group, "params": params} for group, params in by_group.values()]
+        shadow.state = state  # type: ignore[assignment]
         try:
             with torch.no_grad():
-                run(self._shadow)
+                run(shadow)
         finally:
             # Views of buffers that a plan may move: what is still held then does not leave the device.
-            self._shadow.param_groups = []
-            self._shadow.state = {}  # type: ignore[assignment]
+            shadow.param_groups = []
+            shadow.state = {}  # type: ignore[assignment]
         for piece, master in owners:
             self._keep(segment, piece, state[master])
             master.grad = None
 
-    def _state_of(self, segment: Segment, piece: Piece, scalars: dict[str, Any] | None) -> dict[str, Any]:
+    def _state_of(self, segment: Segment, piece: Piece, scalars: Scalars | None) -> dict[str, Any]:
         """The state a torch optimizer expects of this piece: views of companions, copies of scalars."""
         if scalars is None:
             return {}  # the optimizer makes its own on the first step
@@ -215,7 +253,7 @@ class ChunkUpdater:
 
     def _keep(self, segment: Segment, piece: Piece, state: dict[str, Any]) -> None:
         """After a step: scalars to the tensor, elementwise states that are new to companions."""
-        scalars: dict[str, Any] = {}
+        scalars: Scalars = {}
         for key, value in state.items():
             if not (isinstance(value, torch.Tensor) and value.dim() > 0):
                 scalars[key] = value
@@ -228,17 +266,12 @@ class ChunkUpdater:
 
     # -- native ------------------------------------------------------------------------------------------------------
 
-    def _native(
-        self, chunk: Chunk, segment: Segment, factor: float, before: dict[ChunkTensor, dict[str, Any] | None]
-    ) -> None:
-        kernel = self._kernel
-        if kernel is None:
-            raise RuntimeError("no native kernel")
+    def _native(self, kernel: NativeKernel, work: ChunkWork, segment: Segment) -> None:
         moments = [segment.companion(self._store, key, torch.float32) for key in ("exp_avg", "exp_avg_sq")]
         self.keys.update(exp_avg=torch.float32, exp_avg_sq=torch.float32)
         writes_values = segment.value_tier is Tier.HOST and not segment.master_is_values
-        for start, stop, group, step in self._native_runs(chunk, segment, before):
-            inside = slice(start, stop)
+        for part in work.native_runs(segment):
+            inside, group = slice(part.start, part.stop), part.group
             kernel.adamw(
                 segment.companions[MASTER][inside],
                 moments[0][inside],
@@ -249,71 +282,33 @@ class ChunkUpdater:
                 betas=(float(group["betas"][0]), float(group["betas"][1])),
                 eps=float(group["eps"]),
                 weight_decay=float(group["weight_decay"]),
-                step=step,
-                grad_scale=factor,
+                step=part.step,
+                grad_scale=work.factor,
                 decoupled=bool(group.get("decoupled_weight_decay", False)),
                 maximize=bool(group.get("maximize", False)),
             )
 
-    def _native_runs(
-        self, chunk: Chunk, segment: Segment, before: dict[ChunkTensor, dict[str, Any] | None]
-    ) -> Iterator[tuple[int, int, Group, int]]:
-        """Neighbouring parameters of one group and one step count, merged: one kernel call each."""
-        run_: tuple[int, int, Group, int] | None = None
-        for piece in self._pieces(chunk, segment):
-            group = self._groups[piece.tensor]
-            step = int((before[piece.tensor] or {}).get("step", 0)) + 1
-            self.scalars[piece.tensor] = {"step": torch.tensor(float(step))}
-            if run_ is not None and run_[1] == piece.start and run_[2] is group and run_[3] == step:
-                run_ = (run_[0], piece.stop, group, step)
-                continue
-            if run_ is not None:
-                yield run_
-            run_ = (piece.start, piece.stop, group, step)
-        if run_ is not None:
-            yield run_
+    # -- new values --------------------------------------------------------------------------------------------------
 
-    # -- common ------------------------------------------------------------------------------------------------------
-
-    def _pieces(self, chunk: Chunk, segment: Segment) -> Iterator[Piece]:
-        for tensor in chunk.tensors:
-            left = max(tensor.entry.offset, segment.start)
-            right = min(tensor.entry.stop, segment.stop)
-            if self._rounds_by_position(tensor):
-                left, right = whole_blocks(tensor.entry, chunk.shard, left, right)
-            if tensor.has_gradient and tensor in self._groups and left < right:
-                yield Piece(tensor, left - segment.start, right - segment.start)
-
-    def _batches(self, chunk: Chunk, segment: Segment) -> Iterator[list[Piece]]:
-        """Pieces in groups of at most ``piece_numel`` elements; a larger parameter is cut.
-
-        Cutting changes no bit: elementwise kernels give the same result for an element wherever it stands.
-        """
-        most = self._piece_numel[segment.companion_tier]
-        batch: list[Piece] = []
-        filled = 0
-        for piece in self._pieces(chunk, segment):
-            for start in range(piece.start, piece.stop, most):
-                part = Piece(piece.tensor, start, min(start + most, piece.stop))
-                if batch and filled + part.stop - part.start > most:
-                    yield batch
-                    batch, filled = [], 0
-                batch.append(part)
-                filled += part.stop - part.start
-        if batch:
-            yield batch
-
-    def _publish(self, segment: Segment) -> None:
-        """New values from the master, wherever both lie."""
-        if segment.master_is_values:
-            return
-        master = segment.companions[MASTER]
-        if segment.value_tier is segment.companion_tier:
-            if not (self._kernel is not None and segment.companion_tier is Tier.HOST):
+    def _rounded(self, work: ChunkWork) -> list[torch.Tensor | None]:
+        """New values where they lie beside the master; of each segment where they do not, what must cross the link."""
+        crossing: list[torch.Tensor | None] = []
+        for segment in work.segments:
+            master = segment.companions[MASTER]
+            crosses = segment.value_tier is not segment.companion_tier
+            with self._on(segment):
+                crossing.append(master.to(segment.values.dtype) if crosses else None)
+            done = segment.master_is_values or (self._kernel is not None and segment.companion_tier is Tier.HOST)
+            if not crosses and not done:
                 segment.values.copy_(master)
-            return
-        rounded = master.to(segment.values.dtype)
-        if segment.value_tier is Tier.DEVICE:
-            self._transfer.values_in(segment.values, rounded)
-        else:
-            self._transfer.values_out(segment.values, rounded)
+        return crossing
+
+    def _bring_values(self, work: ChunkWork, crossing: Sequence[torch.Tensor | None]) -> None:
+        """Over the link, in the program's own thread: it alone knows what the device is doing."""
+        for segment, rounded in zip(work.segments, crossing, strict=True):
+            if rounded is None:
+                continue
+            if segment.value_tier is Tier.DEVICE:
+                self._transfer.values_in(segment.values, rounded)
+            else:
+                self._transfer.values_out(segment.values, rounded)
