@@ -16,8 +16,8 @@ from gemini.device import Event
 from gemini.exchange import ALONE, Exchange
 from gemini.gradients import flat_gradient, reserve, send
 from gemini.holdings import Holdings
-from gemini.layout import ChunkLayout, Entry
-from gemini.segment import MASTER, Placement, Segment, rebuild
+from gemini.layout import ChunkLayout, Entry, joined
+from gemini.segment import AT_HOME, MASTER, Homes, Placement, Segment, rebuild
 from gemini.state import HOLDING, Move, TensorState, next_state
 from gemini.store import Kind, Store, Tier
 from gemini.tensor import ChunkTensor
@@ -38,6 +38,7 @@ class Chunk(Holdings):
         keep_master: keep an fp32 master beside (or as) the values: the chunk will be trained.
         read: gets the parameters' present values.
         exchange: with the other processes that own a part of the chunk.
+        homes: where values and companions are when they are not on the device.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class Chunk(Holdings):
         keep_master: bool,
         read: Read = read_tensor,
         exchange: Exchange = ALONE,
+        homes: Homes = AT_HOME,
     ) -> None:
         super().__init__(store, transfer, exchange.shard(layout))
         self._exchange = exchange
+        self.homes = homes
         self.layout = layout
         self.index = layout.index
         self.tensors = [ChunkTensor(self, index, parameter) for index, parameter in enumerate(parameters)]
@@ -70,23 +73,26 @@ class Chunk(Holdings):
     # -- making ------------------------------------------------------------------------------------------------------
 
     def _take_over(self, keep_master: bool, read: Read) -> Segment:
-        """Copies values to the host, tensor by tensor, dropping each original as soon as its copy is made."""
+        """Copies values to where they are at home, tensor by tensor, dropping each original as soon as its copy is made."""
         numel, dtype = self.shard.numel, self.layout.dtype
-        values = self._store.allocate(Tier.HOST, Kind.PARAMETERS, numel, dtype)
-        segment = Segment(self.shard.start, self.shard.stop, Tier.HOST, Tier.HOST, values)
+        homes = self.homes
+        values = self._store.allocate(homes.values, Kind.PARAMETERS, numel, dtype)
+        segment = Segment(self.shard.start, self.shard.stop, homes.values, homes.companions, values)
         try:
             if keep_master and dtype == torch.float32:
                 segment.companions[MASTER] = values
             elif keep_master:
                 # Not segment.companion(): its zeros would be written just before the values are.
-                segment.companions[MASTER] = self._store.allocate(Tier.HOST, Kind.MASTER, numel, torch.float32)
-        except MemoryError:
+                segment.companions[MASTER] = self._store.allocate(homes.companions, Kind.MASTER, numel, torch.float32)
+        except (MemoryError, OSError):
             segment.free(self._store)
             raise
         buffers = list({id(t): t for t in (values, segment.companions.get(MASTER, values))}.values())
         for tensor in self.tensors:
             self._read(tensor, buffers, read)
             tensor.bound = torch.empty(0, dtype=dtype, device=self._store.device.torch_device)
+        for buffer in segment.on_disk():
+            self._store.disk.let_go(buffer)
         return segment
 
     def _read(self, tensor: ChunkTensor, buffers: list[torch.Tensor], read: Read) -> None:
@@ -293,6 +299,7 @@ class Chunk(Holdings):
 
     def before_forgetting(self) -> None:
         """Call it before gradients are dropped, which other processes may be about to add to."""
+        self.undo_update()
         self._exchange.before_forgetting()
 
     def deliver(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
@@ -341,7 +348,8 @@ class Chunk(Holdings):
     def _send_to_owners(self, tensors: Sequence[ChunkTensor]) -> None:
         if not tensors:
             return
-        self._exchange.reduce(self, [(t.entry.offset, self.buffer[t.entry.offset : t.entry.stop]) for t in tensors])
+        runs = joined([tensor.entry for tensor in tensors])
+        self._exchange.reduce(self, [(start, self.buffer[start:stop]) for start, stop in runs])
         for tensor in tensors:
             tensor.has_gradient = True
 
@@ -360,7 +368,7 @@ class Chunk(Holdings):
         self.before_change()
         self._leave_device()
         try:
-            self._segments = rebuild(self.segments, placement, self._store)
+            self._segments = rebuild(self.segments, placement, self._store, self.homes)
         finally:
             if self.resident:
                 self._enter_residence()

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from gemini.heap import own_mapping, prefer_huge_pages
 from gemini.hostinfo import host_memory
 from gemini.jobs import HostQueue, InlineQueue, ThreadQueue
+from gemini.work import CountingMode, Work
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Event(ABC):
     def synchronize(self) -> None:
         """Blocks the host until everything queued before the event has run."""
 
+    def wait_beside(self) -> None:
+        """The same on a thread that is not the program's: the program goes on."""
+        self.synchronize()
+
 
 class Stream(ABC):
     """A queue of copies that runs beside the computation."""
@@ -73,17 +79,23 @@ class Device(ABC):
         capacity_bytes: model and non-model data together must stay within it.
         most_bytes_on_way: gradients that may be on their way to the host at a time.
         expects_backward: a training forward has ended and its backward has not; the simulated device watches for it.
+        counts_work: note what operators ask for, in :attr:`work`; set it before an :meth:`activity`.
+        work: of all operators that were counted.
     """
 
     name: str
     torch_device: torch.device
     capacity_bytes: int
     most_bytes_on_way = 256 << 20
+    is_host = False
+    """Whether the device is the host itself: code for the host reaches what lies on it."""
 
     def __init__(self) -> None:
         self.model_data_bytes = 0
         self.model_data_peak_bytes = 0
         self.expects_backward = False
+        self.counts_work = False
+        self.work = Work()
         self._lifetime = Peaks()
         self._step_peak_bytes = 0
 
@@ -200,6 +212,11 @@ class Device(ABC):
         """A context inside which tensors made by computation count as being on this device."""
         return contextlib.nullcontext()
 
+    def update_activity(self, numel: int) -> contextlib.AbstractContextManager[Any]:
+        """An :meth:`activity` that updates so many elements with the optimizer."""
+        del numel
+        return self.activity()
+
     def bookkeeping(self) -> contextlib.AbstractContextManager[Any]:
         """A context for the manager's own work: what it makes inside is counted by itself, or lies on the host."""
         return contextlib.nullcontext()
@@ -241,11 +258,21 @@ class InlineStream(Stream):
 class HostDevice(Device):
     """``device.type = "cpu"``: computes where the host memory is. No cap, no transfers to hide."""
 
+    is_host = True
+
     def __init__(self) -> None:
         super().__init__()
         self.name = "cpu"
         self.torch_device = torch.device("cpu")
         self.capacity_bytes = host_memory().total_bytes
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A buffer in huge pages, where the machine has them, which goes back to it when it is freed."""
+        num_bytes = numel * dtype.itemsize
+        with own_mapping(num_bytes):
+            buffer = super().allocate(numel, dtype)
+        prefer_huge_pages(buffer.data_ptr(), num_bytes)
+        return buffer
 
     def memory(self) -> DeviceMemory:
         """Model data only: on the host nobody counts the rest for us."""
@@ -379,6 +406,10 @@ class AcceleratorDevice(Device):
     def synchronize(self) -> None:
         """Blocks until the device is idle."""
         torch.accelerator.synchronize(self.torch_device)
+
+    def activity(self) -> contextlib.AbstractContextManager[Any]:
+        """Operators inside are counted where that was asked for; memory is the allocator's to count."""
+        return CountingMode(self.work) if self.counts_work else contextlib.nullcontext()
 
     def register_host_memory(self, address: int, num_bytes: int) -> bool:
         """Pins with cudaHostRegister: exact bytes, where torch's pinned allocator rounds up to a power of two."""

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 from gemini.arena import HostArena
 from gemini.device import Device, DeviceMemory, InlineStream, Stream
 from gemini.tracker import StorageTracker
+from gemini.work import work_of
 
 
 class DryTracker(StorageTracker):
@@ -30,6 +31,8 @@ class DryTracker(StorageTracker):
             narrow = [a.to(torch.bfloat16) if a.is_floating_point() else a for a in args[:2]]
             result = func(*narrow, *args[2:], **(kwargs or {})).to(args[0].dtype)
             self._note(result)
+            if self.on_work is not None:
+                self.on_work(work_of(func, args, kwargs or {}, result))
             return result
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -43,6 +46,7 @@ class DryDevice(Device):
         self.torch_device = torch.device("cpu")
         self.capacity_bytes = 1 << 62
         self._tracker = DryTracker(self._note_peak)
+        self._tracker.on_work = self.work.add
         self._depth = 0
         self._peak_bytes = 0
 

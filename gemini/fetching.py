@@ -12,8 +12,8 @@ from gemini.device import Device
 from gemini.plan import Plan
 from gemini.recorder import Recorder
 from gemini.tensor import ChunkTensor
-from gemini.timeline import choose_victim, room_for_prefetch
 from gemini.trace import NextUse, Trace
+from gemini.walk import choose_victim, room_for_prefetch
 
 
 @dataclass
@@ -107,7 +107,14 @@ class GatheredChunks:
                 continue
             # Several processes must not decide by what their clocks say: there the fetch waits for the update.
             if (chunk.must_wait and chunk.shard.is_whole) or not self._fetch_early(chunk, position, next_use, plan):
-                return
+                break
+        self._read_ahead(next_use.coming(position, plan.prefetch_depth + 1))
+
+    def _read_ahead(self, coming: list[int]) -> None:
+        """Whatever could not be fetched ahead is at least read ahead, where it is on disk."""
+        for index in coming:
+            if not self._chunks[index].on_device:
+                self._chunks[index].read_ahead()
 
     def _fetch_early(self, chunk: Chunk, position: int, next_use: NextUse, plan: Plan) -> bool:
         """Fetches a chunk before it is read, unless what is read sooner would have to go; returns whether it could."""

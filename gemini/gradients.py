@@ -11,7 +11,7 @@ import torch
 
 from gemini.layout import ParameterSpec
 from gemini.segment import GRADIENT, Segment, overlaps
-from gemini.store import Kind, Store, Tier
+from gemini.store import Kind, Store
 from gemini.transfer import Arrival, Transfer
 
 
@@ -61,7 +61,7 @@ def send(
         target = _owned(segment, store, source.dtype if first else torch.float32)
         inside = target[left - segment.start : right - segment.start]
         piece = source[left - start : right - start]
-        arrival = transfer.gradient_out(inside, piece, segment.companion_tier, add=not first)
+        arrival = transfer.gradient_out(inside, piece, segment.tier_of(GRADIENT), add=not first)
         if arrival is not None:
             arrivals.append(arrival)
     return arrivals
@@ -70,7 +70,7 @@ def send(
 def drop(segments: Sequence[Segment], store: Store) -> None:
     """Gives the host memory of gradients back that nobody will read again."""
     for segment in segments:
-        if GRADIENT in segment.companions and segment.companion_tier is Tier.HOST:
+        if GRADIENT in segment.companions and not segment.updates_on_device:
             segment.drop(store, GRADIENT)
 
 
@@ -82,7 +82,7 @@ def _owned(segment: Segment, store: Store, dtype: torch.dtype) -> torch.Tensor:
     if present.dtype == dtype or present.dtype == torch.float32:
         return present
     # Both exist for a moment: if there is no room for the wide one, the narrow one must still be there.
-    wide = store.allocate(segment.companion_tier, Kind.GRADIENTS, segment.numel, torch.float32).copy_(present)
+    wide = store.allocate(segment.tier_of(GRADIENT), Kind.GRADIENTS, segment.numel, torch.float32).copy_(present)
     segment.drop(store, GRADIENT)
     segment.companions[GRADIENT] = wide
     return wide

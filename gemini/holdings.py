@@ -12,7 +12,7 @@ from gemini.gradients import drop, reserve, send
 from gemini.jobs import Job
 from gemini.layout import Entry
 from gemini.segment import GRADIENT, MASTER, Placement, Segment, device_bytes_at, overlaps, placement_of
-from gemini.store import Store
+from gemini.store import Store, Tier
 from gemini.transfer import Arrival, Transfer
 
 
@@ -36,6 +36,7 @@ class Holdings:
         self.shard = shard
         self._segments: list[Segment] = []
         self._update: tuple[Job, Callable[[], None]] | None = None
+        self._undo: Callable[[], None] | None = None
         self._forgets_gradients = False
         self._arrivals: list[Arrival] = []
         self.has_sums = False
@@ -48,11 +49,22 @@ class Holdings:
         self.settle_arrivals()
         return self._segments
 
+    @property
+    def segments_to_come(self) -> list[Segment]:
+        """The same for an update that waits for gradients by itself."""
+        self.settle_update()
+        return self._segments
+
     # -- gradients on their way --------------------------------------------------------------------------------------
 
     def expect(self, arrivals: list[Arrival]) -> None:
         """Gradients that will be there when somebody asks for the segments."""
         self._arrivals += arrivals
+
+    @property
+    def arrivals(self) -> list[Arrival]:
+        """Gradients that are on their way."""
+        return list(self._arrivals)
 
     def settle_arrivals(self) -> None:
         """Waits for gradients that are on their way, in the order in which they were sent."""
@@ -81,15 +93,32 @@ class Holdings:
 
     # -- an update beside the program --------------------------------------------------------------------------------
 
-    def begin_update(self, job: Job, finish: Callable[[], None]) -> None:
+    def begin_update(self, job: Job, finish: Callable[[], None], undo: Callable[[], None] | None = None) -> None:
         """``job`` changes values and companions from now on: whoever asks for them waits for it.
 
         Args:
             job: has been queued.
             finish: what is left to do for the program itself once the job is done.
+            undo: the update is tentative: it is undone by this, once the job is done, unless it is confirmed before
+                somebody asks for values or companions.
         """
         self.settle_update()
         self._update = (job, finish)
+        self._undo = undo
+
+    @property
+    def is_tentative(self) -> bool:
+        """Whether an update has begun that nobody has confirmed."""
+        return self._undo is not None
+
+    def confirm_update(self) -> None:
+        """The update that has begun is wanted."""
+        self._undo = None
+
+    def undo_update(self) -> None:
+        """Takes a tentative update back; nothing if there is none."""
+        if self._undo is not None:
+            self.settle_update()
 
     @property
     def is_updating(self) -> bool:
@@ -110,6 +139,12 @@ class Holdings:
         if self._update is None:
             return
         job, finish = self._update
+        if self._undo is not None:
+            with contextlib.suppress(Exception):  # however far it came
+                job.wait()
+            self._undo()
+            self._undo = self._update = None
+            return
         job.wait()
         finish()
         self._update = None  # last: after an interrupt it is all to be done still
@@ -120,14 +155,22 @@ class Holdings:
         """Waits for an update whose result, or error, nobody will ask for."""
         with contextlib.suppress(Exception):
             self.settle_update()
-        self._update = None
+        self._update = self._undo = None
 
     def forget_gradients(self) -> None:
         """Gives the host memory of gradients back, as soon as an update that reads them has run."""
+        self.undo_update()
         self.settle_arrivals()
         self._forgets_gradients = self.is_updating
         if not self._forgets_gradients:
             drop(self._segments, self._store)
+
+    def read_ahead(self) -> None:
+        """Starts to read values that lie on disk, unless an update is about to write them."""
+        if self._update is None:
+            for segment in self._segments:
+                if segment.value_tier is Tier.DISK:
+                    self._store.disk.will_need(segment.values)
 
     def growth_bytes(self, placement: Placement) -> int:
         """Device bytes that a placement would add; negative where it frees some."""

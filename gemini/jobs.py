@@ -32,11 +32,22 @@ class Job(ABC):
 
 
 class HostQueue(ABC):
-    """Takes jobs in an order, and begins them in that order."""
+    """Takes jobs in an order, and begins them in that order.
+
+    Attributes:
+        runs_beside: the program goes on while they run.
+    """
+
+    runs_beside = True
 
     @abstractmethod
-    def submit(self, work: Work) -> Job:
-        """Queues ``work``. What it reads and writes is nobody else's until the job has been waited for."""
+    def submit(self, work: Work, numel: int = 0) -> Job:
+        """Queues ``work``. What it reads and writes is nobody else's until the job has been waited for.
+
+        Args:
+            work: to be done.
+            numel: elements that it updates, for a device that reckons what that takes.
+        """
 
     def close(self) -> None:  # noqa: B027 - only threads have an end
         """Ends what runs the jobs. All of them have been waited for."""
@@ -55,8 +66,11 @@ DONE: Job = _Done()
 class InlineQueue(HostQueue):
     """Runs each job when it is queued; an error is the caller's at once."""
 
-    def submit(self, work: Work) -> Job:
+    runs_beside = False
+
+    def submit(self, work: Work, numel: int = 0) -> Job:
         """Runs ``work`` now."""
+        del numel
         work()
         return DONE
 
@@ -85,8 +99,9 @@ class ThreadQueue(HostQueue):
     def __init__(self, num_workers: int) -> None:
         self._pool = ThreadPoolExecutor(num_workers, "zero-update")
 
-    def submit(self, work: Work) -> Job:
+    def submit(self, work: Work, numel: int = 0) -> Job:
         """Queues ``work`` for the next thread that is free."""
+        del numel
         return _ThreadJob(self._pool.submit(work))
 
     def close(self) -> None:

@@ -136,6 +136,17 @@ def _place(specs: Sequence[ParameterSpec]) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
+def joined(entries: Iterable[Entry]) -> list[tuple[int, int]]:
+    """``(start, stop)`` of what entries cover, in chunk elements; neighbours as one."""
+    runs: list[tuple[int, int]] = []
+    for entry in entries:
+        if runs and runs[-1][1] == entry.offset:
+            runs[-1] = runs[-1][0], entry.stop
+        else:
+            runs.append((entry.offset, entry.stop))
+    return runs
+
+
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill their memory without gaps or overlaps, in some order of dimensions."""
     expected = 1

@@ -14,7 +14,7 @@ Two kinds of holders keep a tensor in COMPUTE:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -86,6 +86,7 @@ class Manager:
         self._num_passes = self._num_borders = 0
         self.num_gradients = 0
         self.all_shown = False
+        self.gradients_are_there: Callable[[Chunk], None] = lambda chunk: None
 
     @property
     def trace(self) -> Trace | None:
@@ -230,6 +231,10 @@ class Manager:
         else:
             self._idle.show(tensor)
 
+    def is_held(self, tensor: ChunkTensor) -> bool:
+        """Whether the innermost running module of a forward holds it already."""
+        return self.phase is Phase.FORWARD and bool(self._scopes) and tensor in self._scopes[-1].held
+
     def _acquire(self, tensor: ChunkTensor) -> None:
         if tensor.state is TensorState.READY_FOR_REDUCE:
             tensor.chunk.restore(tensor)
@@ -319,8 +324,11 @@ class Manager:
                 holds.soft.pop(tensor, None)
                 holds.hard.pop(tensor, None)
             chunk.take_slot(tensor, gradient)
-        if self.recorder.note_gradient(tensor) and chunk.droppable:
-            self._gathered.drop(chunk)
+        if self.recorder.note_gradient(tensor):
+            if chunk.droppable:
+                self._gathered.drop(chunk)
+            if all(t.state is not TensorState.READY_FOR_REDUCE for t in chunk.tensors):
+                self.gradients_are_there(chunk)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

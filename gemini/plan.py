@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from gemini.exchange import Shard
 from gemini.layout import ChunkLayout
-from gemini.segment import Placement
+from gemini.segment import Homes, Placement
+from gemini.store import Tier
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,20 @@ class ChunkFacts:
     """Bytes per element of the gradient alone (part of ``companion_bytes_per_numel``)."""
     others_numel: int = 0
     """Elements of a gathered copy that other processes own."""
+    values_on_disk: bool = False
+    """Whether values that are not on the device are on disk."""
+    companions_on_disk: bool = False
+    """Whether companions that are not on the device are on disk, but for the gradient."""
 
     @property
     def master_itemsize(self) -> int:
         """Bytes per element of a master that is not the values."""
         return 4 if self.companion_bytes_per_numel and self.value_itemsize < 4 else 0
+
+    @property
+    def homes(self) -> Homes:
+        """Where the chunk is when it is not on the device."""
+        return Homes(*(Tier.DISK if on else Tier.HOST for on in (self.values_on_disk, self.companions_on_disk)))
 
     @property
     def value_bytes(self) -> int:
@@ -86,7 +96,8 @@ class Plan:
         predicted_device_peak_bytes: highest device bytes of a step, everything counted; 0 while unknown.
         predicted_fetches: chunk fetches per micro-batch.
         predicted_h2d_bytes: bytes to the device per micro-batch.
-        predicted_step_s: by the profile's rates; a figure to compare plans with.
+        predicted_step_s: from one update to the next, all micro-batches, by the profile's rates; 0 while unknown.
+        predicted_busy_s: of it, seconds by :attr:`gemini.clock.Clock.busy_s`.
         resident_parameter_bytes: values that stay on the device.
         device_optimizer_bytes: companions that live on the device.
     """
@@ -99,6 +110,7 @@ class Plan:
     predicted_fetches: int = 0
     predicted_h2d_bytes: int = 0
     predicted_step_s: float = 0.0
+    predicted_busy_s: dict[str, float] = field(default_factory=dict)
     resident_parameter_bytes: int = 0
     device_optimizer_bytes: int = 0
 
@@ -123,18 +135,31 @@ def persistent_bytes(facts: list[ChunkFacts], placements: list[Placement]) -> tu
 
 def host_bytes(facts: list[ChunkFacts], placements: list[Placement]) -> int:
     """Host bytes of everything that these placements do not keep on the device, every companion being there."""
-    num_bytes = 0
-    for fact, placement in zip(facts, placements, strict=True):
-        num_bytes += fact.value_itemsize * (fact.numel - placement.resident_numel)
-        num_bytes += fact.companion_bytes_per_numel * (fact.numel - placement.companion_numel)
-        if fact.companion_bytes_per_numel and fact.value_itemsize == 4:  # as in persistent_bytes, from the other side
-            num_bytes += 4 * max(0, placement.resident_numel - placement.companion_numel)
-    return num_bytes
+    return sum(_home_bytes(fact, placement)[0] for fact, placement in zip(facts, placements, strict=True))
+
+
+def disk_bytes(facts: list[ChunkFacts], placements: list[Placement]) -> int:
+    """Bytes on disk, likewise."""
+    return sum(_home_bytes(fact, placement)[1] for fact, placement in zip(facts, placements, strict=True))
+
+
+def _home_bytes(fact: ChunkFacts, placement: Placement) -> tuple[int, int]:
+    """Bytes on the host and on disk of what is not on the device."""
+    values = fact.value_itemsize * (fact.numel - placement.resident_numel)
+    gradients = fact.gradient_itemsize * (fact.numel - placement.companion_numel)
+    states = fact.companion_bytes_per_numel * (fact.numel - placement.companion_numel) - gradients
+    if fact.companion_bytes_per_numel and fact.value_itemsize == 4:  # as in persistent_bytes, from the other side
+        states += 4 * max(0, placement.resident_numel - placement.companion_numel)
+    on_disk = values * fact.values_on_disk + states * fact.companions_on_disk
+    return values + gradients + states - on_disk, on_disk
 
 
 def first_host_bytes(facts: list[ChunkFacts]) -> int:
     """Host bytes while the model is taken over, before any placement: all values and masters."""
-    return sum(fact.value_bytes + fact.numel * fact.master_itemsize for fact in facts)
+    return sum(
+        fact.value_bytes * (not fact.values_on_disk) + fact.numel * fact.master_itemsize * (not fact.companions_on_disk)
+        for fact in facts
+    )
 
 
 def widening_bytes(facts: list[ChunkFacts]) -> int:

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, field
 
 from gemini.plan import ChunkFacts, DoesNotFitError, Plan, offload_all, persistent_bytes
+from gemini.profile import HardwareProfile
+from gemini.schedule import Run
 from gemini.search import Search, static_placements
 from gemini.segment import Placement
 from gemini.timeline import (
-    HardwareProfile,
     largest_gathered_bytes,
     needed_bytes,
-    replay,
     required_bytes,
     used_in_place,
     with_prediction,
@@ -32,14 +32,16 @@ class Policy:
         resident_parameters: for ``static``: fraction of the parameters' bytes that stays on the device.
         resident_optimizer: for ``static``: fraction of the trainable elements whose companions live on the device.
         profile: rates, for ``auto``.
-        prefetch_depth: moments ahead of which chunks are fetched.
+        prefetch_depth: moments ahead of which chunks are fetched; None: what is predicted to be fastest.
+        run: what a step does beside its plan.
     """
 
     name: str = "auto"
     resident_parameters: float = 0.0
     resident_optimizer: float = 0.0
     profile: HardwareProfile = field(default_factory=HardwareProfile)
-    prefetch_depth: int = 1
+    prefetch_depth: int | None = None
+    run: Run = field(default_factory=Run)
 
     def initial(self, facts: list[ChunkFacts], capacity_bytes: int) -> Plan:
         """The plan before anything is known of activations: ``auto`` offloads all, the others stand already.
@@ -59,16 +61,12 @@ class Policy:
         Raises:
             DoesNotFitError: not even the placement with the least on the device fits (``auto``), or the fixed one.
         """
+        search = Search(facts, trace, capacity_bytes, self.profile, self.run, self.prefetch_depth)
         if self.name == "auto":
-            search = Search(facts, trace, capacity_bytes, self.profile, self.prefetch_depth)
             search.run()
-            plan, prediction = Plan("auto", search.placements), search.prediction
         else:
-            plan = self._fixed(facts)
-            prediction = replay(
-                facts, plan.placements, trace, capacity_bytes, self.profile, prefetch_depth=self.prefetch_depth
-            )
-        plan.prefetch_depth = self.prefetch_depth
+            search.take(self._fixed(facts).placements)
+        plan, prediction = Plan(self.name, search.placements, prefetch_depth=search.depth), search.prediction
         _describe(plan, facts)
         if not prediction.fits:
             raise does_not_fit(facts, plan, trace, capacity_bytes)

@@ -8,6 +8,7 @@ from gemini.chunk import Chunk
 from gemini.store import Kind, Store, Tier
 from gemini.tensor import ChunkTensor
 from gemini.trace import Moment, Trace
+from gemini.work import Work
 
 _START = "<start>"
 
@@ -44,11 +45,13 @@ class Recorder:
         self._persistent_bytes = 0
         self._refused = False
         self._with_gradient: dict[int, set[int]] = {}
+        self._work_before = Work()
 
     def begin_pass(self, batch_shape: tuple[int, ...], active: bool) -> None:
         """Forgets the unfinished record; ``active`` passes are recorded."""
         self._recording = Trace(batch_shapes=[batch_shape])
         self._active = active
+        self._device.counts_work = active and (self.trace is None or not self.trace.covers(batch_shape))
         self._with_gradient.clear()
         self.position = -1
         self._device.reset_peaks()
@@ -65,6 +68,7 @@ class Recorder:
         self._recording.moments.append(Moment(label, phase))
         self.position = self._locate(phase, label)
         self._started_s = time.perf_counter()
+        self._work_before = self._device.work.copy()
         self._persistent_bytes = self._persistent()
         self._refused = False
         self._device.reset_peaks()
@@ -94,6 +98,10 @@ class Recorder:
         refused = self._refused or self._device.refused_bytes > 0
         moment.both_peak_bytes = most if refused else min(most, both)
         moment.duration_s = time.perf_counter() - self._started_s
+        if self._device.counts_work:
+            work = self._device.work.since(self._work_before)
+            moment.flops, moment.fp32_flops = work.flops, work.fp32_flops
+            moment.traffic_bytes, moment.num_ops = work.traffic_bytes, work.num_ops
         if self.listener is not None:
             self.listener.moment_ended(moment)
 
@@ -144,6 +152,7 @@ class Recorder:
     def learn(self) -> bool:
         """The pass is complete; True if something in it asks for a new plan."""
         recorded, self._recording = self._recording, Trace()
+        self._device.counts_work = False
         self._with_gradient.clear()
         if not recorded.moments or not recorded.batch_shapes:  # nothing, or a second backward over a kept graph
             return False

@@ -7,17 +7,27 @@ Layouts are nearly homogeneous, so few points tell.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 from gemini.plan import ChunkFacts, offload_all, persistent_bytes
+from gemini.profile import HardwareProfile
+from gemini.schedule import Run, moment_work
 from gemini.segment import Placement
-from gemini.timeline import HardwareProfile, Prediction, replay, transient_bytes, used_in_place
+from gemini.timeline import Prediction, replay, required_bytes, time_step, transient_bytes, used_in_place
 from gemini.trace import NextUse, Trace
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Fractions of ``static`` that are always among the points tried."""
 _MOST_COUNTS = 40
+DEPTHS = (0, 1, 2, 3, 4)
+"""Moments ahead of which chunks are fetched, as far as they are tried."""
+_FEW = 400
+_MOST_FINALISTS = 6
+_STRIDES = (8, 32, 128, 512)
+"""Of the climb, as parts of what fits."""
+_WORTH = 0.999
 
 
 def fill(facts: list[ChunkFacts], fraction: float, bytes_per_numel: Callable[[ChunkFacts], int]) -> list[int]:
@@ -48,7 +58,13 @@ class Search:
         trace: of a pass.
         capacity_bytes: of the device.
         profile: rates.
-        prefetch_depth: of the plan.
+        run: what a step does.
+        depth: of prefetching; None: whatever is fastest.
+
+    Attributes:
+        placements: the best found.
+        depth: of prefetching with them.
+        step_s: with the two.
     """
 
     def __init__(
@@ -57,41 +73,164 @@ class Search:
         trace: Trace,
         capacity_bytes: int,
         profile: HardwareProfile,
-        prefetch_depth: int = 0,
+        run: Run | None = None,
+        depth: int | None = None,
     ) -> None:
         self._facts = facts
         self._trace = trace
         self._capacity_bytes = capacity_bytes
         self._profile = profile
-        self._depth = prefetch_depth
+        self._run = run or Run()
+        self._work = moment_work(facts, trace, profile)
         self._next_use = NextUse(trace)
+        self._depths = DEPTHS if depth is None else (depth,)
+        # What one depth is best for need not be best for another; where that takes no time, all are tried for all.
+        self._tries_all_depths = len(facts) * len(trace.moments) <= _FEW
         # Elements before each chunk: of all chunks, and of those that have companions.
         trained = [fact.numel if fact.companion_bytes_per_numel else 0 for fact in facts]
         self._all_before = [0, *accumulate(fact.numel for fact in facts)]
         self._trained_before = [0, *accumulate(trained)]
-        self._tried: set[tuple[Placement, ...]] = set()
+        self._bytes = LeadingBytes(facts)
+        self._whole = {
+            (stays, updates): [
+                Placement(f.numel * stays, numel * updates) for f, numel in zip(facts, trained, strict=True)
+            ]
+            for stays in (False, True)
+            for updates in (False, True)
+        }
+        self._tried: dict[tuple[Placement, ...], float] = {}
         self._transient: dict[tuple[bool, ...], int] = {}
+        self._leading_transient: dict[tuple[int, int, bool], int] = {}
+        self._backward_s = self._run.num_micro_batches * sum(
+            work.duration_s
+            for work, moment in zip(self._work, trace.moments, strict=True)
+            if moment.phase == "backward"
+        )
+        in_forward = [c for m in trace.moments if m.phase == "forward" for c in m.reads]
+        self._last_in_forward = max(in_forward, default=-1)
         self.placements = offload_all("auto", facts).placements
-        self.prediction = self._predict(self.placements)
+        self.depth = self._usual_depth
+        self.step_s = self._time(self.placements, self.depth)
+
+    @property
+    def _usual_depth(self) -> int:
+        return self._depths[len(self._depths) // 2]
+
+    @property
+    def prediction(self) -> Prediction:
+        """Of the best found."""
+        return replay(
+            self._facts,
+            self.placements,
+            self._trace,
+            self._capacity_bytes,
+            self._profile,
+            self._next_use,
+            self.depth,
+            self._run,
+            self._work,
+        )
+
+    def take(self, placements: list[Placement]) -> None:
+        """Leaves these placements, whether they fit or not, with the fastest depth."""
+        self.placements, self.step_s = placements, self._time(placements, self.depth)
+        self._try_depths(placements)
 
     def run(self) -> None:
-        """Leaves the best found in ``placements`` and ``prediction``."""
-        if not self.prediction.fits:
+        """Leaves the best found."""
+        if required_bytes(self._facts, self.placements, self._trace) > self._capacity_bytes:
             return
+        self._try_depths(self.placements)
+        candidates = [
+            (self._least_s(placements), number, placements) for number, placements in enumerate(self._points())
+        ]
+        for least_s, _, placements in sorted(candidates):
+            if least_s >= self.step_s:
+                break  # nor is any that follows faster
+            self._try(placements)
+        self._climb()
+        self._refine()
+        for tried in sorted(self._tried, key=lambda placements: self._tried[placements])[:_MOST_FINALISTS]:
+            self._try_depths(list(tried))
+
+    def _points(self) -> Iterator[list[Placement]]:
+        """Placements that fit, all over the space."""
         for parameters in FRACTIONS:
             for optimizer in FRACTIONS:
-                self._try(static_placements(self._facts, parameters, optimizer))
+                placements = static_placements(self._facts, parameters, optimizer)
+                if self._fits(placements):
+                    yield placements
         for companion_numel in _some(self._trained_before):
             for resident_numel in self._resident_counts(companion_numel):
-                self._try(self._leading(resident_numel, companion_numel))
+                yield self._leading(resident_numel, companion_numel)
         for resident_numel in _some(self._all_before):
-            self._try(self._leading(resident_numel, self._most_companions(resident_numel, 0)))
-        self._refine()
+            companion_numel = self._most_companions(resident_numel, 0)
+            if companion_numel >= 0:
+                yield self._leading(resident_numel, companion_numel)
 
-    def _predict(self, placements: list[Placement]) -> Prediction:
-        return replay(
-            self._facts, placements, self._trace, self._capacity_bytes, self._profile, self._next_use, self._depth
-        )
+    def _climb(self) -> None:
+        """From the best point in ever smaller strides: more or fewer companions and residents."""
+        most_numel = max(self._most_companions(0, 0), self._most_residents(), 1)
+        for divisor in _STRIDES:
+            while True:
+                before_s = self.step_s
+                for placements in self._around(max(1, most_numel // divisor)):
+                    if self._least_s(placements) < self.step_s:
+                        self._try(placements)
+                if self.step_s >= before_s * _WORTH:
+                    break
+
+    def _around(self, stride: int) -> Iterator[list[Placement]]:
+        """Points that fit, so many elements away from the best, and at the next border between chunks below them."""
+        resident_numel = sum(placement.resident_numel for placement in self.placements)
+        companion_numel = sum(placement.companion_numel for placement in self.placements)
+        for residents in _near(resident_numel, stride, self._all_before):
+            counts = _near(companion_numel, stride, self._trained_before)
+            for companions in dict.fromkeys([self._most_companions(residents, 0), *counts]):
+                if companions >= 0 and self._leading_fits(residents, companions):
+                    yield self._leading(residents, companions)
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def _time(self, placements: list[Placement], depth: int) -> float:
+        return time_step(
+            self._facts,
+            placements,
+            self._trace,
+            self._capacity_bytes,
+            self._profile,
+            self._next_use,
+            depth,
+            self._run,
+            self._work,
+        ).step_s
+
+    def _least_s(self, placements: list[Placement]) -> float:
+        """No step can be faster: updates begin when backward is over, and the last one is waited for in forward."""
+        pairs = zip(self._facts[: self._last_in_forward + 1], placements, strict=False)
+        numel = sum(f.numel - p.companion_numel for f, p in pairs if f.companion_bytes_per_numel)
+        return self._profile.host_update_s(numel) + self._backward_s
+
+    def _try(self, placements: list[Placement]) -> None:
+        """Placements that fit."""
+        key = tuple(placements)
+        if key in self._tried:
+            return
+        if self._tries_all_depths:
+            self._tried[key] = self._try_depths(placements)
+        else:
+            self._tried[key] = self._take_if_faster(placements, self._usual_depth)
+
+    def _try_depths(self, placements: list[Placement]) -> float:
+        return min(self._take_if_faster(placements, depth) for depth in self._depths)
+
+    def _take_if_faster(self, placements: list[Placement], depth: int) -> float:
+        step_s = self._time(placements, depth)
+        if step_s < self.step_s:
+            self.placements, self.depth, self.step_s = placements, depth, step_s
+        return step_s
+
+    # -- room --------------------------------------------------------------------------------------------------------
 
     def _fits(self, placements: list[Placement]) -> bool:
         # What stays is put there of our own accord: it must not be what a slightly larger pass then lacks.
@@ -101,22 +240,32 @@ class Search:
             self._transient[key] = transient_bytes(self._facts, placements, self._trace, with_margin=True)
         return sum(persistent_bytes(self._facts, placements)) + self._transient[key] <= self._capacity_bytes
 
-    def _try(self, placements: list[Placement]) -> None:
-        key = tuple(placements)
-        if key in self._tried or not self._fits(placements):
-            return
-        self._tried.add(key)
-        prediction = self._predict(placements)
-        if prediction.step_s < self.prediction.step_s:
-            self.placements, self.prediction = placements, prediction
+    def _leading_fits(self, resident_numel: int, companion_numel: int) -> bool:
+        """:meth:`_fits` of :meth:`_leading`, without making it."""
+        # What is used in place: chunks up to where residents end, but for the one that the companions' end cuts.
+        whole = bisect_right(self._all_before, resident_numel) - 1
+        cut = bisect_left(self._trained_before, companion_numel)
+        is_cut = self._trained_before[cut] != companion_numel
+        key = whole, cut if is_cut else 0, companion_numel > 0
+        if key not in self._leading_transient:
+            placements = self._leading(resident_numel, companion_numel)
+            self._leading_transient[key] = transient_bytes(self._facts, placements, self._trace, with_margin=True)
+        persistent = self._bytes.persistent(resident_numel, companion_numel)
+        return persistent + self._leading_transient[key] <= self._capacity_bytes
 
     def _leading(self, resident_numel: int, companion_numel: int) -> list[Placement]:
         """So many leading elements of all chunks resident, of the trained ones with companions."""
-        placements = []
-        for index, fact in enumerate(self._facts):
-            resident = min(fact.numel, max(0, resident_numel - self._all_before[index]))
-            companions = min(fact.numel, max(0, companion_numel - self._trained_before[index]))
-            placements.append(Placement(resident, companions if fact.companion_bytes_per_numel else 0))
+        num_resident = bisect_right(self._all_before, resident_numel) - 1
+        num_companions = bisect_right(self._trained_before, companion_numel) - 1
+        first, last = sorted((num_resident, num_companions))
+        between = self._whole[True, False] if num_resident > num_companions else self._whole[False, True]
+        placements = self._whole[True, True][:first] + between[first:last] + self._whole[False, False][last:]
+        rest = resident_numel - self._all_before[num_resident]
+        if rest:
+            placements[num_resident] = Placement(rest, placements[num_resident].companion_numel)
+        rest = companion_numel - self._trained_before[num_companions]
+        if rest:
+            placements[num_companions] = Placement(placements[num_companions].resident_numel, rest)
         return placements
 
     def _resident_counts(self, companion_numel: int) -> Iterator[int]:
@@ -126,17 +275,19 @@ class Search:
         # fewer residents, and the borders from the companions on are searched first.
         level = next((i for i, before in enumerate(self._trained_before) if before >= companion_numel), 0)
         for low, high in ((level, len(borders) - 1), (0, level - 1)):
-            most = self._last_that_fits(low, high, lambda i: self._leading(borders[i], companion_numel))
+            most = _last_that_fits(low, high, lambda i: self._leading_fits(borders[i], companion_numel))
             if most >= low:
                 yield borders[most]
-                yield borders[most // 2]
+                for index in {most // 2, most // 4, 0} - {most}:
+                    if self._leading_fits(borders[index], companion_numel):
+                        yield borders[index]
                 yield self._into_next_chunk(borders[most], companion_numel)
                 return
 
     def _into_next_chunk(self, resident_numel: int, companion_numel: int) -> int:
         """As many elements more as fit without the next chunk being resident as a whole."""
         end = next((before for before in self._all_before if before > resident_numel), resident_numel)
-        most = self._last_that_fits(resident_numel, end - 1, lambda numel: self._leading(numel, companion_numel))
+        most = _last_that_fits(resident_numel, end - 1, lambda numel: self._leading_fits(numel, companion_numel))
         return max(resident_numel, most)
 
     def _refine(self) -> None:
@@ -145,25 +296,79 @@ class Search:
             resident_numel = sum(placement.resident_numel for placement in self.placements)
             companion_numel = sum(placement.companion_numel for placement in self.placements)
             most = max(companion_numel, self._most_companions(resident_numel, companion_numel))
-            self._try(self._leading(resident_numel, most))
-            for numel in self._resident_counts(most):
-                self._try(self._leading(numel, most))
+            for numel in (resident_numel, *self._resident_counts(most)):
+                if self._leading_fits(numel, most):
+                    self._try(self._leading(numel, most))
+
+    def _most_residents(self) -> int:
+        return _last_that_fits(0, self._all_before[-1], lambda numel: self._leading_fits(numel, 0))
 
     def _most_companions(self, resident_numel: int, low: int) -> int:
         high = self._trained_before[-1]
-        return self._last_that_fits(low, high, lambda numel: self._leading(resident_numel, numel))
+        return _last_that_fits(low, high, lambda numel: self._leading_fits(resident_numel, numel))
 
-    def _last_that_fits(self, low: int, high: int, placements_at: Callable[[int], list[Placement]]) -> int:
-        """The largest number between ``low`` and ``high`` that fits; ``low - 1`` if none does."""
-        if high < low or not self._fits(placements_at(low)):
-            return low - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._fits(placements_at(middle)):
-                low = middle
-            else:
-                high = middle - 1
-        return low
+
+class LeadingBytes:
+    """Device bytes of leading elements, without a look at every chunk.
+
+    Args:
+        facts: of all chunks.
+    """
+
+    def __init__(self, facts: list[ChunkFacts]) -> None:
+        self._facts = facts
+        trained = [fact for fact in facts if fact.companion_bytes_per_numel]
+        self._values = _Prefix([(fact.numel, fact.value_itemsize) for fact in facts])
+        self._companions = _Prefix([(fact.numel, fact.companion_bytes_per_numel) for fact in trained])
+        self._has_shared = any(fact.value_itemsize == 4 for fact in trained)
+
+    def persistent(self, resident_numel: int, companion_numel: int) -> int:
+        """As :func:`gemini.plan.persistent_bytes` has it."""
+        num_bytes = self._values.num_bytes(resident_numel) + self._companions.num_bytes(companion_numel)
+        return num_bytes + (self._shared(resident_numel, companion_numel) if self._has_shared else 0)
+
+    def _shared(self, resident_numel: int, companion_numel: int) -> int:
+        num_bytes = 0
+        for fact in self._facts:
+            resident, resident_numel = min(fact.numel, resident_numel), max(0, resident_numel - fact.numel)
+            if not fact.companion_bytes_per_numel:
+                continue
+            companions, companion_numel = min(fact.numel, companion_numel), max(0, companion_numel - fact.numel)
+            if fact.value_itemsize == 4:
+                num_bytes += 4 * max(0, companions - resident)
+        return num_bytes
+
+
+class _Prefix:
+    def __init__(self, parts: list[tuple[int, int]]) -> None:
+        self._numel = [0, *accumulate(numel for numel, _ in parts)]
+        self._bytes = [0, *accumulate(numel * itemsize for numel, itemsize in parts)]
+        self._itemsizes = [itemsize for _, itemsize in parts]
+
+    def num_bytes(self, numel: int) -> int:
+        """Of so many leading elements."""
+        index = bisect_right(self._numel, numel) - 1
+        rest = numel - self._numel[index]
+        return self._bytes[index] + (rest * self._itemsizes[index] if rest else 0)
+
+
+def _last_that_fits(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number between ``low`` and ``high`` that fits; ``low - 1`` if none does."""
+    if high < low or not fits(low):
+        return low - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _near(numel: int, stride: int, borders: list[int]) -> list[int]:
+    """Numbers a stride away in both directions, and the border below each."""
+    found = [min(borders[-1], max(0, numel + more)) for more in (0, -stride, stride)]
+    return list(dict.fromkeys([*found, *(borders[bisect_right(borders, at) - 1] for at in found)]))
 
 
 def _some(borders: list[int]) -> list[int]:

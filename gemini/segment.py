@@ -3,6 +3,9 @@
 A chunk is cut into at most three segments, because the plan names two boundaries: elements before the first keep their
 *values* on the device (resident parameters), elements before the second keep their *companions* there (fp32 master,
 optimizer states, gradients). So fractions of parameters and of states can be exact to the element.
+
+What is not on the device is at home: on the host, or for chunks that the host has no room for, on disk
+(:class:`Homes`). Gradients come and go with every step and are always on the host then.
 """
 
 from __future__ import annotations
@@ -29,12 +32,23 @@ def kind_of(key: str) -> Kind:
     return _KINDS.get(key, Kind.OPTIMIZER)
 
 
+@dataclass(frozen=True)
+class Homes:
+    """Where a chunk's values, and its companions, are when they are not on the device: HOST or DISK."""
+
+    values: Tier = Tier.HOST
+    companions: Tier = Tier.HOST
+
+
+AT_HOME = Homes()
+
+
 @dataclass
 class Segment:
     """Elements ``[start, stop)`` of a chunk.
 
-    ``values`` is authoritative: a gathered copy is made from it and updates are written to it. In fp32 with both tiers
-    equal the master *is* the values, and no second buffer exists.
+    ``values`` is authoritative: a gathered copy is made from it and updates are written to it. In fp32 with both on the
+    device, or both not, the master *is* the values, and no second buffer exists.
     """
 
     start: int
@@ -54,6 +68,26 @@ class Segment:
         """Whether updates happen in ``values`` itself."""
         return MASTER in self.companions and self.companions[MASTER] is self.values
 
+    @property
+    def updates_on_device(self) -> bool:
+        """Whether the companions are on the device."""
+        return self.companion_tier is Tier.DEVICE
+
+    @property
+    def values_cross(self) -> bool:
+        """Whether new values cross the link after an update."""
+        return (self.value_tier is Tier.DEVICE) != self.updates_on_device
+
+    def tier_of(self, key: str) -> Tier:
+        """Where a companion is, or would be."""
+        return Tier.HOST if key == GRADIENT and not self.updates_on_device else self.companion_tier
+
+    def on_disk(self) -> list[torch.Tensor]:
+        """Buffers on disk: what an update reads and writes there."""
+        keys = [key for key in self.companions if self.tier_of(key) is Tier.DISK]
+        buffers = [self.companions[key] for key in keys if self.companions[key] is not self.values]
+        return [*buffers, self.values] if self.value_tier is Tier.DISK else buffers
+
     def companion(self, store: Store, key: str, dtype: torch.dtype) -> torch.Tensor:
         """The companion buffer, allocated (zero-filled) on first use.
 
@@ -61,9 +95,9 @@ class Segment:
             ValueError: it exists with another dtype.
         """
         if key not in self.companions:
-            buffer = store.allocate(self.companion_tier, kind_of(key), self.numel, dtype)
-            # Host memory comes zero-filled; touching it here would only make the machine write it twice.
-            self.companions[key] = buffer if self.companion_tier is Tier.HOST else buffer.zero_()
+            buffer = store.allocate(self.tier_of(key), kind_of(key), self.numel, dtype)
+            # Other memory comes zero-filled; touching it here would only make the machine write it twice.
+            self.companions[key] = buffer.zero_() if self.updates_on_device else buffer
         buffer = self.companions[key]
         if buffer.dtype != dtype:
             raise ValueError(f"companion {key} has dtype {buffer.dtype}, {dtype} was asked for")
@@ -73,7 +107,7 @@ class Segment:
         """Frees a companion; a master that is the values is only forgotten."""
         buffer = self.companions.pop(key)
         if buffer is not self.values:
-            store.free(self.companion_tier, kind_of(key), buffer)
+            store.free(self.tier_of(key), kind_of(key), buffer)
 
     def drop_values(self, store: Store) -> None:
         """Frees the values, and with them a master that is the values."""
@@ -97,8 +131,13 @@ class Placement:
     resident_numel: int = 0
     companion_numel: int = 0
 
-    def bounds(self, first: int, last: int) -> list[tuple[int, int, Tier, Tier]]:
+    def bounds(self, first: int, last: int, homes: Homes = AT_HOME) -> list[tuple[int, int, Tier, Tier]]:
         """``(start, stop, value tier, companion tier)`` of each segment of elements ``[first, last)``, in order.
+
+        Args:
+            first: element of the chunk.
+            last: element after the last.
+            homes: of what is not on the device.
 
         Raises:
             ValueError: there are fewer elements than are to be placed.
@@ -111,8 +150,8 @@ class Placement:
             (
                 first + start,
                 first + stop,
-                Tier.DEVICE if stop <= self.resident_numel else Tier.HOST,
-                Tier.DEVICE if stop <= self.companion_numel else Tier.HOST,
+                Tier.DEVICE if stop <= self.resident_numel else homes.values,
+                Tier.DEVICE if stop <= self.companion_numel else homes.companions,
             )
             for start, stop in zip(cuts, cuts[1:], strict=False)
         ]
@@ -139,7 +178,7 @@ def device_bytes_at(segments: Sequence[Segment], placement: Placement) -> int:
     return sum(_device_bytes(segments, placement, key) for key in _keys(segments))
 
 
-def rebuild(old: list[Segment], placement: Placement, store: Store) -> list[Segment]:
+def rebuild(old: list[Segment], placement: Placement, store: Store, homes: Homes = AT_HOME) -> list[Segment]:
     """Moves a chunk's elements to a new placement, buffer by buffer, so at most one buffer exists twice at a time.
 
     Exact: values, master, states and pending gradients arrive bit for bit. What leaves the device goes first: it never
@@ -148,8 +187,9 @@ def rebuild(old: list[Segment], placement: Placement, store: Store) -> list[Segm
     Raises:
         torch.OutOfMemoryError: the device has no room; ``old`` is then what it was.
         HostMemoryError: the host has no room; likewise.
+        DiskError: the disk has no room; likewise.
     """
-    bounds = placement.bounds(old[0].start, old[-1].stop)
+    bounds = placement.bounds(old[0].start, old[-1].stop, homes)
     if [(s.start, s.stop, s.value_tier, s.companion_tier) for s in old] == bounds:
         return old
     new = [Segment(*bound, values=_NOTHING) for bound in bounds]
@@ -234,10 +274,10 @@ def _fill(key: str, segments: list[Segment], whole: torch.Tensor, first: int, st
         segment.values = store.allocate(segment.value_tier, Kind.PARAMETERS, segment.numel, whole.dtype).copy_(inside)
         if not joint:
             continue
-        if segment.value_tier is segment.companion_tier:
-            segment.companions[MASTER] = segment.values
-        else:
+        if segment.values_cross:
             segment.companion(store, MASTER, whole.dtype).copy_(inside)
+        else:
+            segment.companions[MASTER] = segment.values
 
 
 def _free(segment: Segment, key: str, store: Store, joint: bool) -> None:

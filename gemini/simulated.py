@@ -4,12 +4,15 @@
 - Procrastination: a queued copy runs only when an event or a synchronise forces it (or in a random legal order), so a
   missing wait is a wrong number every time.
 - Poison: memory that is given out or given back is filled with NaN.
+- Virtual time: with a profile, every queued copy, update and operator takes the time that it would take on that machine
+  (:mod:`gemini.clock`); ``virtual_time_s`` tells how late it is there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,11 +21,15 @@ from typing import Any
 
 import torch
 
+from gemini import jobs
+from gemini.clock import Clock
 from gemini.device import Device, DeviceMemory, Event, Stream
 from gemini.heap import LARGE_BYTES, give_back_free_memory, own_mapping
-from gemini.jobs import HostQueue, Job, Work
+from gemini.jobs import HostQueue, Job
+from gemini.profile import HardwareProfile
 from gemini.tracker import StorageTracker
 from gemini.units import format_bytes
+from gemini.work import Work
 
 
 class StreamOrder(Enum):
@@ -37,13 +44,23 @@ class StreamOrder(Enum):
 
 
 class _SimulatedEvent(Event):
-    def __init__(self, stream: SimulatedStream, position: int) -> None:
+    def __init__(self, stream: SimulatedStream, position: int, at_s: float) -> None:
         self._stream = stream
         self._position = position
+        self.at_s = at_s
 
     def synchronize(self) -> None:
         """Runs the stream's queue up to the event."""
+        self.run()
+        self._stream.program_waits(self.at_s)
+
+    def run(self) -> None:
+        """The same, while the program does not wait."""
         self._stream.run_until(self._position)
+
+    def wait_beside(self) -> None:
+        """Runs the queue; the program's clock stands still."""
+        self.run()
 
 
 class SimulatedStream(Stream):
@@ -51,31 +68,49 @@ class SimulatedStream(Stream):
 
     def __init__(self, device: SimulatedDevice) -> None:
         self._device = device
+        # In virtual time: when what was queued last is done, and when what comes next may begin.
+        self._done_s = self._earliest_s = 0.0
         self._queue: deque[tuple[torch.Tensor, torch.Tensor] | None] = deque()
         self._num_queued = 0
         self._num_run = 0
+        # Updates on threads wait for gradients that the program queued.
+        self._lock = threading.RLock()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queues a copy; whether it runs now is up to the device's stream order."""
         self._queue.append((target, source))
         self._num_queued += 1
+        self._done_s = max(self._done_s, self._device.copy_done_s(target, source, self._earliest_s))
         self._device.something_was_queued()
 
     def record(self) -> Event:
         """An event after everything queued so far."""
-        return _SimulatedEvent(self, self._num_queued)
+        return _SimulatedEvent(self, self._num_queued, max(self._done_s, self._earliest_s))
 
     def wait_compute(self) -> None:
-        """Computation runs as it is issued: whatever a copy must wait for has happened."""
+        """Computation runs as it is issued: whatever a copy must wait for has happened, but for virtual time."""
+        if self._device.clock is not None:
+            self._earliest_s = max(self._earliest_s, self._device.clock.compute_s)
+
+    def program_waits(self, until_s: float) -> None:
+        """The program has waited for an event of this stream."""
+        if self._device.clock is not None:
+            self._device.clock.wait(until_s)
+
+    @property
+    def done_s(self) -> float:
+        """When all that was queued so far is done, in virtual time."""
+        return self._done_s
 
     def run_until(self, position: int) -> None:
         """Runs queued copies, oldest first, up to ``position``."""
-        while self._num_run < position:
-            pair = self._queue.popleft()
-            self._num_run += 1
-            if pair is not None:
-                with _unwatched():
-                    pair[0].copy_(pair[1])
+        with self._lock:
+            while self._num_run < position:
+                pair = self._queue.popleft()
+                self._num_run += 1
+                if pair is not None:
+                    with _unwatched():
+                        pair[0].copy_(pair[1])
 
     @property
     def num_pending(self) -> int:
@@ -93,27 +128,30 @@ class SimulatedStream(Stream):
         *when the copy runs*; one that writes it does no harm, so it is dropped.
         """
         address = buffer.untyped_storage().data_ptr()
-        for index, pair in enumerate(self._queue):
-            if pair is None:
-                continue
-            target, source = pair
-            if target.untyped_storage().data_ptr() == address:
-                self._queue[index] = None
-            elif source.untyped_storage().data_ptr() == address:
-                with _unwatched():
-                    self._queue[index] = target, source.clone()
+        with self._lock:
+            for index, pair in enumerate(self._queue):
+                if pair is None:
+                    continue
+                target, source = pair
+                if target.untyped_storage().data_ptr() == address:
+                    self._queue[index] = None
+                elif source.untyped_storage().data_ptr() == address:
+                    with _unwatched():
+                        self._queue[index] = target, source.clone()
 
 
 class _SimulatedJob(Job):
-    def __init__(self, queue: SimulatedQueue, work: Work) -> None:
+    def __init__(self, queue: SimulatedQueue, work: jobs.Work, done_s: float) -> None:
         self._queue = queue
-        self._work: Work | None = work
+        self._work: jobs.Work | None = work
         self._error: Exception | None = None
+        self._done_s = done_s
 
     @property
     def is_done(self) -> bool:
-        """Whether it has run."""
-        return self._work is None
+        """Whether it has run; where there is virtual time, whether it would have."""
+        clock = self._queue.clock
+        return self._work is None if clock is None else self._done_s <= clock.host_s
 
     def run(self) -> None:
         """Runs the work; its error is for those who wait."""
@@ -130,6 +168,8 @@ class _SimulatedJob(Job):
         """Runs this job, if it has not run, and no other: who waits for one must not rely on those before it."""
         self._queue.forget(self)
         self.run()
+        if self._queue.clock is not None:
+            self._queue.clock.wait(self._done_s)
         if self._error is not None:
             raise self._error
 
@@ -141,9 +181,14 @@ class SimulatedQueue(HostQueue):
         self._device = device
         self._jobs: dict[_SimulatedJob, None] = {}
 
-    def submit(self, work: Work) -> Job:
+    @property
+    def clock(self) -> Clock | None:
+        """The device's."""
+        return self._device.clock
+
+    def submit(self, work: jobs.Work, numel: int = 0) -> Job:
         """Queues ``work``; whether it runs now is up to the device's stream order."""
-        job = _SimulatedJob(self, work)
+        job = _SimulatedJob(self, work, 0.0 if self.clock is None else self.clock.update(numel))
         self._jobs[job] = None
         self._device.something_was_queued()
         return job
@@ -172,6 +217,10 @@ class SimulatedDevice(Device):
         order: when queued copies run.
         seed: for ``StreamOrder.RANDOM``.
         poison: fill memory with NaN when it is given out and when it is given back.
+        profile: of the machine whose time is reckoned; None: time is not.
+
+    Attributes:
+        clock: of that machine; None without a profile.
     """
 
     most_bytes_on_way = 1 << 20
@@ -183,8 +232,10 @@ class SimulatedDevice(Device):
         order: StreamOrder = StreamOrder.PROCRASTINATING,
         seed: int = 0,
         poison: bool = True,
+        profile: HardwareProfile | None = None,
     ) -> None:
         super().__init__()
+        self.clock = None if profile is None else Clock(profile)
         if capacity_bytes <= 0:
             raise ValueError(f"the simulated device needs a positive capacity, got {capacity_bytes}")
         self.name = "simulated"
@@ -197,6 +248,7 @@ class SimulatedDevice(Device):
         self._queues: list[SimulatedQueue] = []
         self._tracker = StorageTracker(self._admit, guard_reads=True)
         self._activity_depth = 0
+        self._updates = False
         self._peak_bytes = 0
         _BackwardWatch.add(self)
 
@@ -296,13 +348,55 @@ class SimulatedDevice(Device):
 
     def wait(self, event: Event) -> None:
         """Computation is issued and run at once, so waiting means running the queue."""
-        event.synchronize()
+        if self.clock is None or not isinstance(event, _SimulatedEvent):
+            event.synchronize()
+            return
+        event.run()
+        self.clock.compute_waits(event.at_s)
 
     def synchronize(self) -> None:
         """Runs everything queued."""
         for stream in self._streams:
             while stream.num_pending:
                 stream.run_one()
+        if self.clock is not None:
+            self.clock.wait(max([self.clock.compute_s, *(stream.done_s for stream in self._streams)]))
+
+    # -- virtual time ------------------------------------------------------------------------------------------------
+
+    @property
+    def virtual_time_s(self) -> float:
+        """When the program is here and the device has computed all it was given; 0 without a profile."""
+        return 0.0 if self.clock is None else self.clock.now_s
+
+    def copy_done_s(self, target: torch.Tensor, source: torch.Tensor, earliest_s: float) -> float:
+        """When a copy that is queued now will be done."""
+        if self.clock is None:
+            return 0.0
+        to_device, from_device = self._tracker.knows(target), self._tracker.knows(source)
+        if to_device == from_device:  # on the device, or on the host: nothing crosses the link
+            return max(earliest_s, self.clock.host_s)
+        carry = self.clock.copy_in if to_device else self.clock.copy_out
+        return carry(source.nbytes, earliest_s)
+
+    def _reckon(self, work: Work) -> None:
+        """An operator has been issued."""
+        self.work.add(work)
+        if self.clock is not None and not self._updates:
+            profile = self.clock.profile
+            self.clock.compute(profile.compute_s(work.flops, work.fp32_flops, work.traffic_bytes), work.num_ops)
+
+    @contextlib.contextmanager
+    def update_activity(self, numel: int) -> Iterator[None]:
+        """Operators inside count, but take the time of an update as a whole."""
+        if self.clock is not None:
+            self.clock.compute(self.clock.profile.device_update_s(numel))
+        updated, self._updates = self._updates, True
+        try:
+            with self.activity():
+                yield
+        finally:
+            self._updates = updated
 
     # -- which computation is on the device --------------------------------------------------------------------------
 
@@ -310,6 +404,7 @@ class SimulatedDevice(Device):
     def activity(self) -> Iterator[None]:
         """Tensors made inside count against the capacity. May be nested."""
         self._activity_depth += 1
+        self._tracker.on_work = self._reckon if self.counts_work or self.clock is not None else None
         try:
             if self._activity_depth == 1:
                 with self._tracker:

@@ -14,6 +14,8 @@ from enum import Enum, unique
 class TensorState(Enum):
     """Where a tensor's device bytes are, and who may touch them."""
 
+    __hash__ = object.__hash__  # members are single objects; Enum's own is a Python function
+
     FREE = "free"
     """No bytes on the device: the parameter points at a NaN placeholder of its shape. Nobody may compute with it."""
 
@@ -41,6 +43,8 @@ class TensorState(Enum):
 @unique
 class Move(Enum):
     """What can happen to a tensor. Every move is one method of :class:`gemini.chunk.Chunk`."""
+
+    __hash__ = object.__hash__  # members are single objects; Enum's own is a Python function
 
     FETCH = "fetch"
     ACQUIRE = "acquire"

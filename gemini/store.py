@@ -9,11 +9,14 @@ import torch
 
 from gemini.arena import HostArena
 from gemini.device import Device
+from gemini.disk import DiskArena
 
 
 @unique
 class Tier(Enum):
     """A place for bytes."""
+
+    __hash__ = object.__hash__  # members are single objects; Enum's own is a Python function
 
     DEVICE = "device"
     HOST = "host"
@@ -24,20 +27,24 @@ class Tier(Enum):
 class Kind(Enum):
     """What a buffer is for."""
 
+    __hash__ = object.__hash__  # members are single objects; Enum's own is a Python function
+
     PARAMETERS = "parameters"
     GATHERED = "gathered"
     GRADIENTS = "gradients"
     MASTER = "master"
     OPTIMIZER = "optimizer"
     ACTIVATIONS = "activations"
+    SNAPSHOTS = "snapshots"
 
 
 class Store:
     """Allocates and frees buffers on a tier and counts them by kind."""
 
-    def __init__(self, device: Device, host: HostArena) -> None:
+    def __init__(self, device: Device, host: HostArena, disk: DiskArena | None = None) -> None:
         self.device = device
         self.host = host
+        self.disk = disk or DiskArena(None)
         self.bytes_by: Counter[tuple[Tier, Kind]] = Counter()
 
     def allocate(self, tier: Tier, kind: Kind, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -46,8 +53,10 @@ class Store:
         Raises:
             torch.OutOfMemoryError: the device has no room.
             HostMemoryError: the host has no room.
+            DiskError: the disk has no room.
         """
-        buffer = self.device.allocate(numel, dtype) if tier is Tier.DEVICE else self.host.allocate(numel, dtype)
+        allocate = {Tier.DEVICE: self.device.allocate, Tier.HOST: self.host.allocate, Tier.DISK: self.disk.allocate}
+        buffer: torch.Tensor = allocate[tier](numel, dtype)
         self.bytes_by[tier, kind] += buffer.nbytes
         return buffer
 
@@ -61,8 +70,10 @@ class Store:
             self.device.give_back(buffer)
         elif tier is Tier.DEVICE:
             self.device.forget(buffer)
-        else:
+        elif tier is Tier.HOST:
             self.host.release(buffer)
+        else:
+            self.disk.release(buffer)
 
     def tier_bytes(self, tier: Tier) -> int:
         """Bytes of all kinds on one tier."""
@@ -77,6 +88,7 @@ class Store:
         for name, counted, known in (
             ("device", self.tier_bytes(Tier.DEVICE), self.device.model_data_bytes),
             ("host", self.tier_bytes(Tier.HOST), self.host.host_bytes),
+            ("disk", self.tier_bytes(Tier.DISK), self.disk.disk_bytes),
         ):
             if counted != known:
                 raise RuntimeError(f"{name}: buffers add up to {counted} bytes, the {name} counted {known}")

@@ -1,29 +1,32 @@
-"""Replays a plan over a trace without running anything: peak bytes, fetches, bytes over the link, seconds.
-
-The eviction rule is the manager's own, so that a prediction and a run of the same trace agree.
-"""
+"""Replays a plan over a trace without running anything: peak bytes, fetches, bytes over the link, seconds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gemini.clock import Clock
 from gemini.plan import ChunkFacts, Plan, persistent_bytes
+from gemini.profile import HardwareProfile
+from gemini.schedule import Run, Schedule, Work, moment_work
 from gemini.segment import Placement
-from gemini.trace import Moment, NextUse, Trace
-
-
-@dataclass(frozen=True)
-class HardwareProfile:
-    """Rates that turn bytes and elements into seconds. Defaults: a PCIe 4 card in a desktop."""
-
-    link_bytes_per_s: float = 22e9
-    host_update_numel_per_s: float = 1.5e9
-    device_update_numel_per_s: float = 25e9
+from gemini.trace import NextUse, Trace
+from gemini.walk import Walk
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a replay found, for one micro-batch and one step."""
+    """What a replay found.
+
+    Attributes:
+        peak_bytes: highest device bytes of a step.
+        num_fetches: chunk fetches of the first micro-batch.
+        num_evictions: likewise.
+        h2d_bytes: bytes to the device, likewise.
+        step_s: from one ``step()`` to the next, all micro-batches.
+        fits: whether the device is large enough.
+        busy_s: of a step, by :attr:`gemini.clock.Clock.busy_s`.
+        clock: what happened when, in the passes that were walked through.
+    """
 
     peak_bytes: int
     num_fetches: int
@@ -31,45 +34,8 @@ class Prediction:
     h2d_bytes: int
     step_s: float
     fits: bool
-
-
-def choose_victim(candidates: list[int], next_use: NextUse, position: int) -> int:
-    """The chunk read furthest in the future (lowest index among equals); what this moment reads goes last of all."""
-    return max(candidates, key=lambda chunk: (next_use.after(chunk, position - 1), -chunk))
-
-
-def room_for_prefetch(
-    chunk: int,
-    num_bytes: int,
-    room_bytes: int,
-    candidates: dict[int, int],
-    next_use: NextUse,
-    position: int,
-) -> list[int] | None:
-    """Which chunks give way for one that is fetched before it is read: only those that are read after it.
-
-    Args:
-        chunk: to be fetched.
-        num_bytes: of its gathered copy.
-        room_bytes: that are free for it; negative where more is held than should be.
-        candidates: bytes of the gathered copies that could be dropped, by chunk.
-        next_use: of the trace.
-        position: of the running moment.
-
-    Returns:
-        The chunks to evict; None if there is no room.
-    """
-    wanted_at = next_use.after(chunk, position)
-    later = [other for other in candidates if next_use.after(other, position - 1) > wanted_at]
-    victims: list[int] = []
-    while num_bytes > room_bytes:
-        if not later:
-            return None
-        victim = choose_victim(later, next_use, position)
-        later.remove(victim)
-        victims.append(victim)
-        room_bytes += candidates[victim]
-    return victims
+    busy_s: dict[str, float]
+    clock: Clock
 
 
 def required_bytes(
@@ -145,8 +111,11 @@ def replay(
     profile: HardwareProfile,
     next_use: NextUse | None = None,
     prefetch_depth: int = 0,
+    run: Run | None = None,
+    work: list[Work] | None = None,
+    draws: bool = False,
 ) -> Prediction:
-    """Walks through the trace as the manager would.
+    """Walks through a step as the manager would: the update of the step before, then the passes over the trace.
 
     Args:
         facts: of all chunks, by index.
@@ -156,126 +125,89 @@ def replay(
         profile: rates for the seconds.
         next_use: of the trace, if the caller has it already.
         prefetch_depth: the plan's.
+        run: what a step does; by default one pass.
+        work: of each moment, if the caller has it already.
+        draws: keep what happened when, for a picture.
     """
-    next_use = next_use or NextUse(trace)
     persistent = sum(persistent_bytes(facts, placements))
-    needs = needed_bytes(facts, placements, trace)
-    held_bytes = [0 if used_in_place(f, p) else f.gathered_bytes for f, p in zip(facts, placements, strict=True)]
-    gathered = _Gathered(held_bytes, next_use)
+    timed = time_step(facts, placements, trace, capacity_bytes, profile, next_use, prefetch_depth, run, work, draws)
     peak = persistent
-    for position, moment in enumerate(trace.moments):
-        room_bytes = capacity_bytes - persistent - moment.reserve_bytes
-        gathered.enter(position, moment, room_bytes)
-        reserves = [later.reserve_bytes for later in trace.moments[position : position + 1 + prefetch_depth]]
-        gathered.prefetch(position, [capacity_bytes - persistent - reserve for reserve in reserves])
+    needs = needed_bytes(facts, placements, trace)
+    for need, beside, moment in zip(needs, timed.gathered_bytes, trace.moments, strict=True):
+        room = capacity_bytes - persistent - moment.reserve_bytes
         # Where not even what the moment reads fits beside the reserve, it is held in turn.
-        beside_bytes = min(gathered.num_bytes, max(0, room_bytes))
-        peak = max(peak, persistent + max(needs[position], beside_bytes + moment.non_model_peak_bytes))
-        gathered.leave(moment)
+        peak = max(peak, persistent + max(need, min(beside, max(0, room)) + moment.non_model_peak_bytes))
     if any(placement.companion_numel for placement in placements):
         peak = max(peak, persistent + trace.step_peak_bytes)
     h2d_bytes = sum(
         times * (fact.numel - placement.resident_numel) * fact.value_itemsize
-        for times, fact, placement in zip(gathered.num_fetches, facts, placements, strict=True)
+        for times, fact, placement in zip(timed.num_fetches, facts, placements, strict=True)
     )
     return Prediction(
         peak_bytes=peak,
-        num_fetches=sum(gathered.num_fetches),
-        num_evictions=gathered.num_evictions,
+        num_fetches=sum(timed.num_fetches),
+        num_evictions=timed.num_evictions,
         h2d_bytes=h2d_bytes,
-        step_s=_step_s(facts, placements, h2d_bytes, profile),
+        step_s=timed.step_s,
         fits=required_bytes(facts, placements, trace) <= capacity_bytes,
+        busy_s=timed.busy_s,
+        clock=timed.clock,
     )
 
 
-class _Gathered:
-    """The gathered copies of a replay.
+@dataclass(frozen=True)
+class TimedStep:
+    """What :func:`time_step` found; fetches, evictions and gathered bytes (per moment) of the first micro-batch."""
 
-    Args:
-        chunk_bytes: of each chunk's copy; 0 where none is needed.
-        next_use: of the trace.
-    """
-
-    def __init__(self, chunk_bytes: list[int], next_use: NextUse) -> None:
-        self._chunk_bytes = chunk_bytes
-        self._next_use = next_use
-        self._held: set[int] = set()
-        self.num_bytes = 0
-        self.num_fetches = [0] * len(chunk_bytes)
-        self.num_evictions = 0
-
-    def enter(self, position: int, moment: Moment, room_bytes: int) -> None:
-        """Fetches what the moment reads, after evicting what must go for it and for its activations."""
-        wanted = [chunk for chunk in moment.reads if self._chunk_bytes[chunk]]
-        missing = [chunk for chunk in wanted if chunk not in self._held]
-        more_bytes = sum(self._chunk_bytes[chunk] for chunk in missing)
-        candidates = [chunk for chunk in self._held if chunk not in wanted]
-        while candidates and self.num_bytes + more_bytes > room_bytes:
-            victim = choose_victim(candidates, self._next_use, position)
-            candidates.remove(victim)
-            self._drop(victim)
-            self.num_evictions += 1
-        for chunk in missing:
-            self._held.add(chunk)
-            self.num_fetches[chunk] += 1
-        self.num_bytes += more_bytes
-
-    def prefetch(self, position: int, room_bytes: list[int]) -> None:
-        """Fetches what the coming moments read, if there is room for it from now on.
-
-        Args:
-            position: of the running moment.
-            room_bytes: for gathered copies in this moment and in each of those that are looked at.
-        """
-        if any(self._chunk_bytes[c] and c not in self._held for c in self._next_use.reads(position)):
-            return
-        for chunk in self._next_use.coming(position, len(room_bytes) - 1):
-            if not self._chunk_bytes[chunk] or chunk in self._held:
-                continue
-            least_bytes = min(room_bytes[: self._next_use.after(chunk, position) - position + 1])
-            victims = room_for_prefetch(
-                chunk,
-                self._chunk_bytes[chunk],
-                least_bytes - self.num_bytes,
-                {held: self._chunk_bytes[held] for held in self._held},
-                self._next_use,
-                position,
-            )
-            if victims is None:
-                return
-            for victim in victims:
-                self._drop(victim)
-                self.num_evictions += 1
-            self._held.add(chunk)
-            self.num_fetches[chunk] += 1
-            self.num_bytes += self._chunk_bytes[chunk]
-
-    def leave(self, moment: Moment) -> None:
-        """Copies whose gradients are complete went out with them."""
-        for chunk in moment.gradients:
-            if chunk in self._held:
-                self._drop(chunk)
-
-    def _drop(self, chunk: int) -> None:
-        self._held.remove(chunk)
-        self.num_bytes -= self._chunk_bytes[chunk]
+    step_s: float
+    busy_s: dict[str, float]
+    num_fetches: list[int]
+    num_evictions: int
+    gathered_bytes: list[int]
+    clock: Clock
 
 
-def _step_s(facts: list[ChunkFacts], placements: list[Placement], h2d_bytes: int, profile: HardwareProfile) -> float:
-    host_numel = device_numel = crossing_bytes = 0
-    for fact, placement in zip(facts, placements, strict=True):
-        if not fact.companion_bytes_per_numel:
-            continue
-        host_numel += fact.numel - placement.companion_numel
-        device_numel += placement.companion_numel
-        # Gradients of host-updated elements go out; new values of elements whose tiers differ cross once.
-        crossing_bytes += (fact.numel - placement.companion_numel) * fact.value_itemsize
-        crossing_bytes += abs(placement.companion_numel - placement.resident_numel) * fact.value_itemsize
-    return (
-        (h2d_bytes + crossing_bytes) / profile.link_bytes_per_s
-        + host_numel / profile.host_update_numel_per_s
-        + device_numel / profile.device_update_numel_per_s
-    )
+def time_step(
+    facts: list[ChunkFacts],
+    placements: list[Placement],
+    trace: Trace,
+    capacity_bytes: int,
+    profile: HardwareProfile,
+    next_use: NextUse | None = None,
+    prefetch_depth: int = 0,
+    run: Run | None = None,
+    work: list[Work] | None = None,
+    draws: bool = False,
+) -> TimedStep:
+    """The part of :func:`replay` that is about time; the same arguments."""
+    next_use, run = next_use or NextUse(trace), run or Run()
+    free_bytes = capacity_bytes - sum(persistent_bytes(facts, placements))
+    held_bytes = [0 if used_in_place(f, p) else f.gathered_bytes for f, p in zip(facts, placements, strict=True)]
+    rooms = [free_bytes - moment.reserve_bytes for moment in trace.moments]
+    walk = Walk(held_bytes, trace, next_use, rooms, prefetch_depth)
+    schedule = Schedule(facts, placements, work or moment_work(facts, trace, profile), profile, run, draws)
+    schedule.begin()
+    gathered_bytes = walk.run_pass(schedule)
+    num_fetches, num_evictions = list(walk.num_fetches), walk.num_evictions
+    step_s, busy_s = _rest_of_step(walk, schedule, run)
+    return TimedStep(step_s, busy_s, num_fetches, num_evictions, gathered_bytes, schedule.clock)
+
+
+_MOST_PASSES = 3
+
+
+def _rest_of_step(walk: Walk, schedule: Schedule, run: Run) -> tuple[float, dict[str, float]]:
+    """Seconds of a step of which the first pass is over, in all and per lane. From the third on, passes are alike."""
+    clock = schedule.clock
+    before_s, before_busy_s = clock.now_s, dict(clock.busy_s)
+    for _ in range(min(run.num_micro_batches, _MOST_PASSES) - 1):
+        before_s, before_busy_s = clock.now_s, dict(clock.busy_s)
+        walk.run_pass(schedule)
+    after_s, after_busy_s = clock.now_s, dict(clock.busy_s)
+    schedule.end()
+    num_more = max(0, run.num_micro_batches - _MOST_PASSES)
+    busy_s = {lane: s + num_more * (after_busy_s[lane] - before_busy_s[lane]) for lane, s in clock.busy_s.items()}
+    return clock.host_s + num_more * (after_s - before_s), busy_s
 
 
 def with_prediction(plan: Plan, prediction: Prediction, trace: Trace) -> Plan:
@@ -285,4 +217,5 @@ def with_prediction(plan: Plan, prediction: Prediction, trace: Trace) -> Plan:
     plan.predicted_fetches = prediction.num_fetches
     plan.predicted_h2d_bytes = prediction.h2d_bytes
     plan.predicted_step_s = prediction.step_s
+    plan.predicted_busy_s = prediction.busy_s
     return plan

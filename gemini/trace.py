@@ -5,7 +5,7 @@ A *moment* is one stretch of a pass between two borders: a unit's forward starts
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,6 +32,15 @@ class Moment:
     both_peak_bytes: int = 0
     """Highest bytes of the two together at one instant, at most their sum; 0 while unknown."""
     duration_s: float = 0.0
+    """Of the program, waits included; on an accelerator, which runs behind it, no measure of the computation."""
+    flops: float = 0.0
+    """Floating-point operations of matrix products in bf16 and fp16; 0 here and below where nobody counted."""
+    fp32_flops: float = 0.0
+    """The same in fp32."""
+    traffic_bytes: float = 0.0
+    """That other operators read and write."""
+    num_ops: int = 0
+    """Operators."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -43,6 +52,12 @@ class Moment:
         """Device bytes that no chunk may take for later use: non-model data, and what it may grow by from pass to pass
         (a tensor that the user still holds, another route through the model)."""
         return self.non_model_peak_bytes + self.non_model_peak_bytes // 32
+
+    def raise_work(self, other: Moment) -> None:
+        """Takes over the work of the same moment in another pass, if that was more."""
+        if (other.num_ops, other.flops + other.fp32_flops) > (self.num_ops, self.flops + self.fp32_flops):
+            self.flops, self.fp32_flops = other.flops, other.fp32_flops
+            self.traffic_bytes, self.num_ops = other.traffic_bytes, other.num_ops
 
     def raise_non_model(self, num_bytes: int) -> bool:
         """Notes that non-model bytes were seen to go higher; True if that was news."""
@@ -111,6 +126,8 @@ class Trace:
         """
         if self.same_shape(other):
             peaks = [moment.non_model_peak_bytes for moment in other.moments]
+            for mine, theirs in zip(self.moments, other.moments, strict=True):
+                mine.raise_work(theirs)
         else:
             peaks = [other.non_model_peak_bytes] * len(self.moments)
         grew = [mine.raise_non_model(peak) for mine, peak in zip(self.moments, peaks, strict=True)]
@@ -128,12 +145,26 @@ class NextUse:
     """Answers when a chunk is read next, for furthest-next-use eviction (Belady's rule over the recorded order)."""
 
     def __init__(self, trace: Trace) -> None:
-        self._positions: dict[int, list[int]] = {}
-        for position, moment in enumerate(trace.moments):
-            for chunk in moment.reads:
-                self._positions.setdefault(chunk, []).append(position)
         self._num_moments = len(trace.moments)
         self._reads = [moment.reads for moment in trace.moments]
+        self._never = 2 * self._num_moments + 1
+        self._rows = self._table()
+        self._coming: dict[tuple[int, int], list[int]] = {}
+
+    def _table(self) -> list[list[int]]:
+        """By position, from the one before the first moment on: the answer for every chunk."""
+        num_chunks = max((chunk for reads in self._reads for chunk in reads), default=-1) + 1
+        row = [self._never] * num_chunks
+        for position in reversed(range(self._num_moments)):
+            for chunk in self._reads[position]:
+                row[chunk] = position + self._num_moments  # in the end, the first moment that reads it
+        rows = [row]
+        for position in reversed(range(self._num_moments)):
+            row = list(row)
+            for chunk in self._reads[position]:
+                row[chunk] = position
+            rows.append(row)
+        return rows[::-1]
 
     def reads(self, position: int) -> list[int]:
         """Chunks that a moment reads; none where there is no such moment."""
@@ -141,13 +172,21 @@ class NextUse:
 
     def coming(self, position: int, depth: int) -> list[int]:
         """Chunks that the ``depth`` moments after one read, in the order in which they are read."""
-        later = (chunk for reads in self._reads[position + 1 : position + 1 + depth] for chunk in reads)
-        return list(dict.fromkeys(later))
+        key = position, depth
+        if key not in self._coming:
+            later = (chunk for reads in self._reads[position + 1 : position + 1 + depth] for chunk in reads)
+            self._coming[key] = list(dict.fromkeys(later))
+        return self._coming[key]
 
     def after(self, chunk: int, position: int) -> int:
         """The first moment after ``position`` that reads the chunk; one full pass later if none is left in this one."""
-        uses = self._positions.get(chunk)
-        if not uses:
-            return 2 * self._num_moments + 1
-        index = bisect_right(uses, position)
-        return uses[index] if index < len(uses) else uses[0] + self._num_moments
+        row = self._rows[max(0, min(position + 1, self._num_moments))]
+        return row[chunk] if chunk < len(row) else self._never
+
+    def furthest_first(self, chunks: Iterable[int], position: int) -> list[int]:
+        """The chunks in the order in which they are read next after ``position``, last one first, then by index."""
+        row = self._rows[max(0, min(position + 1, self._num_moments))]
+        num_known = len(row)
+        return [
+            -key[1] for key in sorted(((row[c] if c < num_known else self._never, -c) for c in chunks), reverse=True)
+        ]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gemini.work import Work, work_of
+
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Tensors in a nest of tuples and lists, which is what operators take and return."""
@@ -36,6 +38,7 @@ class StorageTracker(TorchDispatchMode):
         live_bytes: counted now.
         peak_bytes: highest since :meth:`reset_peak`.
         refused_bytes: what ``live_bytes`` would have been had no request since then been refused; 0 if none was.
+        on_work: told what each operator has asked for; None while nobody wants to know.
     """
 
     def __init__(self, admit: Callable[[int], None], guard_reads: bool = False) -> None:
@@ -46,6 +49,7 @@ class StorageTracker(TorchDispatchMode):
         self.live_bytes = 0
         self.peak_bytes = 0
         self.refused_bytes = 0
+        self.on_work: Callable[[Work], None] | None = None
 
     def exempt(self, tensor: torch.Tensor) -> None:
         """Never counts this tensor's storage: it is model data and counted by its owner."""
@@ -69,7 +73,13 @@ class StorageTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             self._note(tensor)
+        if self.on_work is not None:
+            self.on_work(work_of(func, args, kwargs or {}, result))
         return result
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's storage is counted, or exempt: it is on the device."""
+        return id(tensor.untyped_storage()) in self._storages
 
     def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -42,6 +42,15 @@ class Arrival:
         """Whether it is there."""
         return self._buffers is None
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether it comes straight to where it is wanted, so that it is there once it has arrived."""
+        return self._buffers is None or (self._buffers[0] is self._buffers[1] and not self._add)
+
+    def wait(self) -> None:
+        """Waits until it has arrived, on a thread beside the program; :meth:`settle` is still to be called."""
+        self._event.wait_beside()
+
     def settle(self) -> None:
         """Waits until it is there; may be called again."""
         if self._buffers is None:

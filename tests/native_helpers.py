@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from zero.optim.build import BuildError, find_compiler
 from zero.optim.native import NativeKernel, require_native
 
+ISAS = ("neon",) if platform.machine() in ("aarch64", "arm64") else ("avx512", "avx2", "generic")
 PLAIN: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "step": 1}
 
 

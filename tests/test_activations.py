@@ -31,6 +31,7 @@ def _engine(model: nn.Module, where: str, **device: Any) -> Engine:
         "device": {"type": "simulated", "memory": "6MiB"} | device,
         "memory": {"activations": where},
         "train": {"max_grad_norm": 1.0},
+        "optimizer": {"kernel": "torch"},  # the same arithmetic wherever a plan puts states
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     return zero.initialize(model=model, optimizer=optimizer, config=config)[0]

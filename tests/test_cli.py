@@ -282,7 +282,7 @@ class TestWords:
         ("words", "fragments"),
         [
             (["trian"], ["trian: no such command", "did you mean train?"]),
-            (["qqqq"], ["qqqq: no such command", "train, plan, validate, run, generate, export, env"]),
+            (["qqqq"], ["qqqq: no such command", "train, plan, validate, run, generate, export, probe, env"]),
             ([], ["usage: zero", "first steps"]),
             (["env", "--everything"], ["--everything"]),
             (["export", "somewhere"], ["DIR"]),

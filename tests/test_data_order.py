@@ -19,7 +19,7 @@ from zero.data.loaders import build_dataloaders
 from zero.data.packing import IGNORED_LABEL, TokenRecord, pack_stream
 from zero.data.resumable import ResumableLoader
 from zero.data.sample import builtin_documents
-from zero.data.sampler import ResumableSampler, epoch_order
+from zero.data.sampler import ResumableSampler, epoch_order, longest_first
 from zero.data.split import hold_out
 from zero.data.tokenise import EncodeOptions, pack
 from zero.errors import DataError
@@ -242,3 +242,18 @@ def test_an_encyclopedia_becomes_one_stream() -> None:
     assert bundle.eval_dataset is not None
     tokens = np.concatenate([bundle.train_dataset.token_ids, bundle.eval_dataset.token_ids])
     assert tokenizer().decode(tokens) == "</s>" + WIKITEXT.read_text(encoding="utf-8") + "</s>"
+
+
+def test_a_shuffled_run_begins_with_its_longest_sequence() -> None:
+    lengths = np.array([3, 9, 4, 9, 2, 5])
+    for seed in range(20):
+        plain, second = epoch_order(6, seed, 0), epoch_order(6, seed, 1)
+        first = longest_first(lengths, seed)
+        order = list(ResumableSampler(6, seed, first=first))
+        assert lengths[order[0]] == 9
+        assert sorted(order) == list(range(6))
+        assert sum(one != other for one, other in zip(order, plain, strict=True)) == (0 if first is None else 2)
+        assert list(ResumableSampler(6, seed, epoch=1, first=first)) == list(second)
+    assert longest_first(np.full(6, 4), 3) is None
+    with pytest.raises(DataError, match="first"):
+        ResumableSampler(6, 3, first=1).load_state_dict(ResumableSampler(6, 3, index=2, first=3).state_dict())

@@ -12,11 +12,13 @@ from pass_case import Driver, Pass, Step, fill_states, passes
 
 from gemini.plan import ChunkFacts, Plan
 from gemini.policy import Policy
+from gemini.profile import INSTANT
 from gemini.segment import Placement
-from gemini.timeline import HardwareProfile, choose_victim, replay, with_prediction
+from gemini.timeline import replay, with_prediction
 from gemini.trace import NextUse
+from gemini.walk import choose_victim
 
-PROFILE = HardwareProfile()
+PROFILE = INSTANT  # no update is under way when a pass begins: the driver makes none
 
 
 def _fewest_fetches(reads: list[list[int]], num_slots: int) -> int:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import pytest
 import torch
-from native_helpers import PLAIN, assert_same_bits, best_kernel, bits, make_grad, make_state
+from native_helpers import ISAS, PLAIN, assert_same_bits, best_kernel, bits, make_grad, make_state
 from torch import Tensor
 
 from zero.optim.native import NativeKernel, load_native
 
-ISAS = ("avx512", "avx2", "generic")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (0, 1, 7, 8, 15, 16, 17, 31, 63, 64, 65, 1000, 100_003)
 
@@ -145,6 +145,27 @@ def test_threads_do_not_change_bits(kernel: NativeKernel, offset: int) -> None:
     assert_same_bits((outs[0][offset:], states[0][0][offset:].bfloat16()))
     for state, out in zip(states[1:], outs[1:], strict=True):
         assert_same_bits((out, outs[0]), *zip(state, states[0], strict=True))
+
+
+def test_python_threads_may_step_at_once(best: NativeKernel) -> None:
+    """Each with a team of its own, which ends with it; on states of their own and on parts of the same."""
+    numel, num_workers = 300_000, 4
+    want, shared = make_state(numel, torch.bfloat16), make_state(numel, torch.bfloat16)
+    own = [make_state(numel, torch.bfloat16) for _ in range(num_workers)]
+    best.adamw(*want, None, num_threads=1, **PLAIN)
+
+    def work(number: int) -> None:
+        best.adamw(*own[number], None, num_threads=2, **PLAIN)
+        part = slice(number * numel // num_workers, (number + 1) * numel // num_workers)
+        best.adamw(*(tensor[part] for tensor in shared), None, num_threads=2, **PLAIN)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(num_workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for state in (*own, shared):
+        assert_same_bits(*zip(state, want, strict=True))
 
 
 def test_instruction_sets_agree_to_the_bit() -> None:

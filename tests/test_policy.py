@@ -12,13 +12,24 @@ from memory_case import trace_of
 
 from gemini.plan import ChunkFacts, DoesNotFitError, Plan, persistent_bytes
 from gemini.policy import POLICIES, Policy, does_not_fit, least_capacity_bytes
-from gemini.search import FRACTIONS, static_placements
+from gemini.profile import INSTANT, HardwareProfile
+from gemini.search import DEPTHS, FRACTIONS, static_placements
 from gemini.segment import Placement
-from gemini.timeline import HardwareProfile, replay, required_bytes
+from gemini.timeline import replay, required_bytes
 from gemini.trace import Moment, Trace
 
 _RATES = st.sampled_from([1e8, 1e9, 2e10, 1e12])
-PROFILES = st.builds(HardwareProfile, _RATES, _RATES, _RATES)
+PROFILES = st.builds(
+    HardwareProfile,
+    h2d_bytes_per_s=_RATES,
+    d2h_bytes_per_s=_RATES,
+    both_bytes_per_s=_RATES,
+    host_dram_bytes_per_s=_RATES,
+    host_update_numel_per_s=_RATES,
+    device_update_numel_per_s=_RATES,
+    device_flops_per_s=_RATES,
+    device_fp32_flops_per_s=_RATES,
+)
 
 
 @st.composite
@@ -123,6 +134,7 @@ def test_no_plan_goes_over_capacity_and_no_refusal_is_false(
     assert name == "auto" or plan.placements == fixed
     assert plan.reserve_bytes == [moment.reserve_bytes for moment in trace.moments]
     assert (plan.resident_parameter_bytes, plan.device_optimizer_bytes) == persistent_bytes(facts, plan.placements)
+    assert plan.prefetch_depth in DEPTHS
     again = replay(facts, plan.placements, trace, capacity_bytes, profile, prefetch_depth=plan.prefetch_depth)
     assert (again.num_fetches, again.h2d_bytes, again.step_s) == (
         plan.predicted_fetches,
@@ -246,10 +258,15 @@ def test_auto_uses_spare_bytes_to_the_element() -> None:
     facts = [ChunkFacts(i, 100, 2, 14, f"unit{i}") for i in range(4)]
     trace = trace_of([[i] for i in range(4)] + [[i] for i in reversed(range(4))])
     everything = sum(persistent_bytes(facts, static_placements(facts, 1.0, 1.0)))
-    plan = Policy().decide(facts, trace, everything - 14 * 30)
-    assert [p.resident_numel for p in plan.placements] == [100] * 4
-    # A chunk whose companions are cut in two is gathered to be read: 200 bytes.
-    assert sum(p.companion_numel for p in plan.placements) == 300 + (70 * 14 - 200) // 14
+    capacity_bytes = everything - 14 * 30
+    slow_host = HardwareProfile(host_update_numel_per_s=1e3)  # every element less on the host is a gain
+    plan = Policy(profile=slow_host).decide(facts, trace, capacity_bytes)
+    assert [placement.companion_numel for placement in plan.placements] == [100] * 4
+    assert required_bytes(facts, plan.placements, trace, with_margin=True) <= capacity_bytes
+    border = next(i for i, placement in enumerate(plan.placements) if placement.resident_numel < 100)
+    more = list(plan.placements)
+    more[border] = Placement(more[border].resident_numel + 1, 100)
+    assert required_bytes(facts, more, trace, with_margin=True) > capacity_bytes
 
 
 def test_a_plan_for_a_large_model_takes_no_time_to_speak_of() -> None:
@@ -260,6 +277,14 @@ def test_a_plan_for_a_large_model_takes_no_time_to_speak_of() -> None:
     started_s = time.perf_counter()
     Policy().decide(facts, trace, 24 * 10**9)
     assert time.perf_counter() - started_s < 10.0  # about one on a quiet machine
+
+
+def test_a_machine_on_which_nothing_takes_time_has_a_plan_too() -> None:
+    facts = [ChunkFacts(i, 100, 2, 14, f"unit{i}") for i in range(4)]
+    trace = trace_of([[i] for i in range(4)] + [[i] for i in reversed(range(4))])
+    plan = Policy(profile=INSTANT).decide(facts, trace, 2000)
+    assert plan.predicted_step_s == 0.0
+    assert plan.predicted_device_peak_bytes <= 2000
 
 
 @given(facts=fact_lists(), capacity_bytes=st.integers(1, 10_000))

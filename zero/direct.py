@@ -57,6 +57,7 @@ class DirectUse:
         manager: shows, fetches and holds.
         inside_module: whether a module of the model runs now.
         read: as for an attribute that is read.
+        is_held: whether the module that runs, in a forward, holds the tensor already.
         enter_backward: called when a backward pass asks for what was saved here.
         settle: called first: ends a forward whose graph is gone.
         make_way: called before so many bytes are used between forward and backward.
@@ -67,6 +68,7 @@ class DirectUse:
         manager: Manager,
         inside_module: Callable[[], bool],
         read: Callable[[torch.Tensor], None],
+        is_held: Callable[[ChunkTensor], bool],
         enter_backward: Callable[[], None],
         settle: Callable[[], None],
         make_way: Callable[[int], None],
@@ -74,6 +76,7 @@ class DirectUse:
         self._manager = manager
         self._inside_module = inside_module
         self._read = read
+        self._is_held = is_held
         self._enter_backward = enter_backward
         self._settle = settle
         self._make_way = make_way
@@ -84,6 +87,8 @@ class DirectUse:
         Raises:
             torch.OutOfMemoryError: the device has no room for all of them at once.
         """
+        if all(map(self._is_held, tensors)):  # the running module has read it as an attribute a moment ago
+            return operator()
         self._settle()
         if self._inside_module() or self._manager.phase is Phase.BACKWARD:
             for tensor in tensors:

@@ -70,10 +70,10 @@ def walk(
     """
     from zero.engine import Engine
 
-    memory: dict[str, Any] = {"policy": "cpu", "pin": False, "host": "null"}
+    memory: dict[str, Any] = {"policy": "cpu", "pin": False, "host": "null", "disk": "null"}
     if config.memory.policy == "static":  # its fractions belong to no other policy
         memory |= {"policy": "static", "resident_parameters": 0.0, "resident_optimizer": 0.0}
-    offloaded = load_config(config, {"memory": memory})
+    offloaded = load_config(config, {"memory": memory, "train": {"compile": False}, "optimizer": {"early": False}})
     engine = Engine(model, optimizer, None, offloaded, DryDevice(), None, arena=DryArena, exchange=exchange)
     with models_own_code():
         engine.backward(_some_loss(engine(*args, **kwargs)))  # nothing but the loss outlives the forward, as in a loop
@@ -81,6 +81,31 @@ def walk(
         raise RuntimeError("the dry run recorded nothing")
     engine.manager.trace.step_peak_bytes = 0  # depends on the device, which is not that of the dry run
     return engine.manager.trace, engine
+
+
+def walk_again(engine: Engine, batch: dict[str, torch.Tensor]) -> Trace:
+    """Another micro-batch, of another shape or of a model that has been changed since. Call it inside the fake mode.
+
+    Args:
+        engine: from :func:`walk`; its own trace stays as it is.
+        batch: keyword arguments of the model.
+
+    Raises:
+        CannotWalkError: the model failed.
+    """
+    manager = engine.manager
+    before, manager.trace = manager.trace, None
+    try:
+        engine.zero_grad()
+        with models_own_code():
+            engine.backward(_some_loss(engine(**batch)))
+        again = manager.trace
+    finally:
+        manager.trace = before
+    if again is None:
+        raise RuntimeError("the dry run recorded nothing")
+    again.step_peak_bytes = 0
+    return again
 
 
 def walk_evaluation(engine: Engine, batch: dict[str, torch.Tensor], held_bytes: int = 0) -> Moment:

@@ -30,13 +30,13 @@ from zero.guard import CastGuard
 from zero.hooks import ModelHooks
 from zero.memory_report import MemoryReport, report_of
 from zero.optim.chunked import ZeroOptimizer, require_ours
-from zero.optim.elementwise import state_bytes_per_numel, temporary_bytes_per_numel
+from zero.optim.elementwise import state_bytes_per_numel
 from zero.optim.native import NativeKernel
-from zero.optim.update import ChunkUpdater, device_piece_numel, step_bytes
 from zero.passes import PassPlanner
 from zero.precision import clip_coefficient, require_loss
 from zero.rerun import BufferWatch, StartingPoint
 from zero.setup import Managed, make_activations, make_policy, make_scaler, most_logits, take_over
+from zero.updating import make_updater, update_bytes, updates_allowed
 
 logger = logging.getLogger("zero")
 
@@ -123,7 +123,7 @@ class Engine:
         undo: contextlib.ExitStack,
     ) -> None:
         """Hooks, optimizer and first plan; ``undo`` learns how to take each back, last first."""
-        policy = make_policy(self.config, self.device)
+        policy = make_policy(self.config, self.device, exchange)
         self._planner = PassPlanner(policy, managed.facts, self.manager, self.device)
         undo.callback(self.device.close)
         # Updates run on it until chunks are dissolved.
@@ -137,13 +137,21 @@ class Engine:
         self._agreement.begin(self.device)
         logits, activations = most_logits(self.config), make_activations(self.config, self.manager)
         self._hooks = ModelHooks(
-            self.module, managed.units, self.manager, self._tensors, self._planner, logits, activations
+            self.module,
+            managed.units,
+            self.manager,
+            self._tensors,
+            self._planner,
+            logits,
+            activations,
+            self.config.train.compile,
         )
         undo.callback(self._hooks.remove)
         undo.callback(export.StateDictHook(self.module, self._tensors, self.manager).remove)
         undo.callback(CastGuard(self.module).remove)
         if optimizer is not None:
-            updater = self._make_updater(optimizer, kernel)
+            updater = make_updater(optimizer, managed, self.config, self._queue, kernel)
+            self._planner.step_bytes = update_bytes(optimizer, self.facts, self.device)
             self.optimizer = ZeroOptimizer(
                 optimizer, self.manager, self._tensors, updater, self.step, self.zero_grad, self._hooks.settle_outside
             )
@@ -151,13 +159,6 @@ class Engine:
         self.manager.apply(policy.initial(self.facts, self.device.capacity_bytes))
         self._buffers = BufferWatch(self.module)
         undo.callback(self._saves.wait)  # first of all: a save that still runs reads the chunks
-
-    def _make_updater(self, optimizer: torch.optim.Optimizer, kernel: NativeKernel | None) -> ChunkUpdater:
-        capacity_bytes = self.device.capacity_bytes
-        self._planner.step_bytes = step_bytes(self.facts, temporary_bytes_per_numel(optimizer), capacity_bytes)
-        store, transfer = self.manager.store, self.manager.transfer
-        piece_numel = device_piece_numel(capacity_bytes)
-        return ChunkUpdater(optimizer, store, transfer, self._queue, kernel, device_piece_numel=piece_numel)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -206,8 +207,9 @@ class Engine:
         if self.scaler.scale != 1.0:
             loss = loss * self.scaler.scale
             self._applied_scale = self.scaler.scale
+        factor = 1.0 / self._applied_scale if self.is_boundary and self.max_grad_norm is None else None
         try:
-            with self.device.activity():
+            with self.device.activity(), updates_allowed(self.optimizer, factor):
                 loss.backward()
         except BaseException as error:
             self._hooks.backward_failed()
@@ -246,7 +248,7 @@ class Engine:
         self._applied_scale = self._agreement.settle_gradients(self._applied_scale)
         for tensor in self._tensors.values():
             settle_gradient(tensor)
-            if tensor.parameter.requires_grad and not tensor.chunk.layout.trainable:
+            if not tensor.chunk.layout.trainable and tensor.parameter.requires_grad:
                 raise UserError(
                     f"parameter {tensor.name} began to require gradients after zero.initialize(), which took it over as "
                     "frozen; close() the engine and initialize again"
@@ -263,6 +265,7 @@ class Engine:
             self.num_steps += 1
             self.optimizer.call_step_hooks(before=False)
         else:
+            self.optimizer.updater.early.discard()
             self.num_skipped_steps += 1
         if self._applied_scale == self.scaler.scale:
             self.scaler.update(overflow=not finite)
@@ -474,6 +477,9 @@ class Engine:
             chunk.dissolve(self._keeps_values)
             for tensor in chunk.tensors:
                 unmanage(tensor.parameter)  # type: ignore[arg-type]
+        if self.optimizer is not None:
+            self.optimizer.updater.early.close()
+        self.manager.store.disk.close()
 
     def _require_open(self) -> None:
         if self._closed:

@@ -62,7 +62,7 @@ class ManagedParameter(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator that takes a managed parameter, with its values in place."""
         kwargs = kwargs or {}
-        if not all(issubclass(cls, kind) for kind in types):
+        if types != (cls,) and not all(issubclass(cls, kind) for kind in types):
             return NotImplemented  # an argument of another class, which calls us again
         with torch._C.DisableTorchFunctionSubclass():
             if func in _WITHOUT_VALUES:
@@ -153,20 +153,23 @@ def _managed(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 def autograd_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
     """What autograd itself holds as the gradient, past :class:`ManagedParameter`."""
-    gradient: torch.Tensor | None = _autograd_grad.__get__(parameter)
+    with torch._C.DisableTorchFunctionSubclass():
+        gradient: torch.Tensor | None = _autograd_grad.__get__(parameter)
     return gradient
 
 
 def take_autograd_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
     """What autograd has accumulated in a parameter, which is left without a gradient."""
-    gradient = autograd_gradient(parameter)
-    _autograd_grad.__set__(parameter, None)
+    with torch._C.DisableTorchFunctionSubclass():
+        gradient: torch.Tensor | None = _autograd_grad.__get__(parameter)
+        if gradient is not None:
+            _autograd_grad.__set__(parameter, None)
     return gradient
 
 
 def forget_gradient(tensor: ChunkTensor) -> None:
     """The parameter has no gradient from now on; buffers stay for the next one."""
-    _autograd_grad.__set__(tensor.parameter, None)
+    take_autograd_gradient(tensor.parameter)
     tensor.parameter.__dict__.pop(_SHOWN, None)
     if not tensor.has_gradient:
         return  # what others may have sent already stays

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from gemini.activations import Activations, SavedOnHost
 from gemini.manager import Manager, Phase
 from gemini.tensor import ChunkTensor
+from zero.compiling import CompiledBlocks
 from zero.direct import DirectUse, SavedNote, inside_backward, written_between
 from zero.errors import UserError
 from zero.gradient import settle_gradient, settle_gradients, take_autograd_gradient, watch_use
@@ -92,6 +93,7 @@ class ModelHooks:
         planner: PassPlanner,
         most_logits: int | None = None,
         activations: Activations | None = None,
+        compiles: bool = False,
     ) -> None:
         self._root = root
         self._manager = manager
@@ -109,6 +111,9 @@ class ModelHooks:
         self._graphs: list[weakref.ref[PendingGraph]] = []
         self._install()
         self._activations = activations
+        # On the host a whole gradient in fp32 would be made anew for each norm.
+        self._scratch: dict[torch.device, torch.Tensor] | None = {} if manager.device.is_host else None
+        self._compiled = CompiledBlocks(units, tensors, self._on_read) if compiles else None
         self._head = None if most_logits is None else LazyHead(root, most_logits, self._head_backward_begins)
 
     # -- installing --------------------------------------------------------------------------------------------------
@@ -125,6 +130,7 @@ class ModelHooks:
             self._manager,
             inside_module=lambda: self._depth > 0,
             read=self._on_read,
+            is_held=self._manager.is_held,
             enter_backward=self._enter_backward,
             settle=self.settle_outside,
             make_way=self._planner.make_way,
@@ -136,6 +142,8 @@ class ModelHooks:
 
     def remove(self) -> None:
         """Leaves the model without any of our hooks; parameters stay where they are."""
+        if self._compiled is not None:
+            self._compiled.remove()
         if self._head is not None:
             self._head.remove()
         if self._activations is not None:
@@ -215,6 +223,8 @@ class ModelHooks:
         self._pass_context.__enter__()
         if self._head is not None:
             self._head.active = kwargs.get("labels") is not None
+        if self._compiled is not None:
+            kwargs = self._compiled.without_cache(self._root, kwargs)
         if training and self._activations is not None:
             self._activations.begin_pass()
         self._saving = saved_tensors_hooks(self._pack, self._unpack) if training else None
@@ -303,7 +313,7 @@ class ModelHooks:
             # Never the tensor itself: where a node saves its own output, that is a cycle which only backward breaks,
             # and a branch that gets no gradient would leak it every step.
             return saved.detach() if saved.grad_fn is not None else saved
-        version = tensor.parameter._version
+        version = tensor.version
         return SavedView(tensor, saved.shape, saved.stride(), int(saved.storage_offset()), version)
 
     def _unpack(self, packed: Any) -> torch.Tensor:
@@ -311,7 +321,7 @@ class ModelHooks:
             return packed.take()
         if not isinstance(packed, SavedView):
             return packed  # type: ignore[no-any-return]
-        if packed.version != packed.tensor.parameter._version:
+        if packed.version != packed.tensor.version:
             raise written_between(packed.tensor)
         if inside_backward():
             self._enter_backward()
@@ -404,7 +414,7 @@ class ModelHooks:
         tensor = self._tensors[id(parameter)]
         settle_gradient(tensor)
         with self._manager.device.bookkeeping():
-            tensor.gradient_norm = norm_on_arrival(tensor, gradient)
+            tensor.gradient_norm = norm_on_arrival(tensor, gradient, self._scratch)
         self._manager.take_gradient(tensor, gradient)
 
 
@@ -425,6 +435,9 @@ def _forward_runs() -> bool:
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     """Tensors anywhere in a module's arguments or result: nests, dataclasses' dictionaries, Hugging Face outputs."""
+    if isinstance(value, torch.Tensor):  # what most modules return
+        yield value
+        return
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, torch.Tensor):
             yield leaf

@@ -20,7 +20,7 @@ class MemoryReport:
         predicted_device_peak_bytes: what the plan said; 0 while no plan from a trace exists.
         model_data_peak_bytes: highest bytes of parameters, gradients and optimizer states on it.
         non_model_peak_bytes: highest bytes of activations and temporaries on it.
-        host_bytes: model data on the host now.
+        host_bytes: model data, and saved activations, on the host now.
         pinned_bytes: of these, pinned, as allocated.
         disk_bytes: model data on disk.
         num_chunks: chunks of the model.
@@ -71,7 +71,7 @@ def report_of(
         non_model_peak_bytes=peaks.non_model_bytes,
         host_bytes=host.host_bytes,
         pinned_bytes=host.pinned_bytes,
-        disk_bytes=0,
+        disk_bytes=store.disk.disk_bytes,
         num_chunks=len(manager.chunks),
         num_fetches=counters.num_fetches,
         num_evictions=counters.num_evictions,

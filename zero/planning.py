@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch import nn
 from gemini.device import Device
 from gemini.dryrun import fake_conversions, fake_mode
 from gemini.exchange import ALONE
+from gemini.homes import spill
 from gemini.hostinfo import host_memory
-from gemini.plan import ChunkFacts, DoesNotFitError, Plan, first_host_bytes, host_bytes, widening_bytes
+from gemini.plan import ChunkFacts, DoesNotFitError, Plan, disk_bytes, first_host_bytes, host_bytes, widening_bytes
 from gemini.policy import Policy, least_capacity_bytes
 from gemini.segment import Placement
 from gemini.timeline import required_bytes
@@ -22,8 +25,9 @@ from gemini.trace import Moment, Trace
 from gemini.units import format_bytes
 from zero.config.loading import for_trainer
 from zero.config.schema import Config
-from zero.dryrun import models_own_code, walk, walk_evaluation
-from zero.models.build import dress, model_config
+from zero.dryrun import CannotWalkError, models_own_code, walk, walk_again, walk_evaluation
+from zero.engine import Engine
+from zero.models.build import dress, model_config, set_checkpointing
 from zero.optim.elementwise import temporary_bytes_per_numel
 from zero.optim.update import step_bytes
 from zero.optimizers import build_optimizer
@@ -49,6 +53,8 @@ class DryRun:
         trace: of one micro-batch of the config's shape.
         update_bytes_per_numel: temporaries of the optimizer's arithmetic.
         evaluation: of one evaluation batch; None where there is none.
+        double: of a micro-batch of twice the rows; None where nobody asked.
+        other_checkpointing: with activation checkpointing where the config has none, and the other way round; likewise.
     """
 
     num_parameters: int
@@ -56,6 +62,8 @@ class DryRun:
     trace: Trace
     update_bytes_per_numel: int
     evaluation: Moment | None = None
+    double: Trace | None = None
+    other_checkpointing: Trace | None = None
 
     @property
     def whole(self) -> Trace:
@@ -86,6 +94,7 @@ class PlannedRun:
         host_bytes: model data that the plan keeps on the host; of the all-offloaded one if it does not fit.
         host_peak_bytes: model data on the host at the highest: before the first plan, or during the steps.
         host_available_bytes: host memory free at the time.
+        disk_bytes: model data that the plan keeps on disk.
     """
 
     dry: DryRun
@@ -94,6 +103,7 @@ class PlannedRun:
     host_bytes: int
     host_peak_bytes: int
     host_available_bytes: int
+    disk_bytes: int = 0
 
     def require(self) -> Plan:
         """The plan.
@@ -133,6 +143,20 @@ def plan_run(
             warm-up of the real run can tell.
     """
     config = for_trainer(config)
+    num_ranks = num_ranks or config.parallel.data or 1
+    dry = dry_run_of(config, tokenizer, evaluation_shape, num_ranks)
+    policy = make_policy(config, device)
+    return decide(config, policy, dry, device.capacity_bytes, host_available_bytes, num_local_ranks or num_ranks)
+
+
+def dry_run_of(
+    config: Config, tokenizer: Any, evaluation_shape: Shape | None, num_ranks: int, variants: bool = False
+) -> DryRun:
+    """The dry run of the model and the micro-batch that a config names; the arguments are those of :func:`dry_run`.
+
+    Raises:
+        CannotWalkError: the model failed.
+    """
     shape = (config.train.per_device_train_batch_size, config.data.seq_length)
     transformers_config = model_config(config, tokenizer)
 
@@ -142,10 +166,7 @@ def plan_run(
         options = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
         return dress(AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32, **options), config)
 
-    num_ranks = num_ranks or config.parallel.data or 1
-    dry = dry_run(build, config, shape, evaluation_shape, num_ranks)
-    policy = make_policy(config, device)
-    return decide(config, policy, dry, device.capacity_bytes, host_available_bytes, num_local_ranks or num_ranks)
+    return dry_run(build, config, shape, evaluation_shape, num_ranks, variants)
 
 
 def assumed_evaluation_shape(config: Config) -> Shape | None:
@@ -162,6 +183,7 @@ def dry_run(
     shape: Shape,
     evaluation_shape: Shape | None = None,
     num_ranks: int = 1,
+    variants: bool = False,
 ) -> DryRun:
     """Runs forward and backward of one micro-batch on fake tensors, and forward of one evaluation batch.
 
@@ -171,6 +193,7 @@ def dry_run(
         shape: of the micro-batch.
         evaluation_shape: of the evaluation batch; None: there is none.
         num_ranks: that share the chunks.
+        variants: walk through the neighbours of the config as well: twice the rows, the other activation checkpointing.
 
     Raises:
         CannotWalkError: the model failed.
@@ -188,7 +211,19 @@ def dry_run(
         if evaluation_shape is not None:
             batches_bytes = sum(t.nbytes for t in _batch(shape).values()) * config.train.gradient_accumulation_steps
             evaluation = walk_evaluation(engine, _batch(evaluation_shape), batches_bytes + _SCALARS_BYTES)
-    return DryRun(num_parameters, engine.facts, trace, update_bytes, evaluation)
+        double, other_checkpointing = _neighbours(engine, config, shape) if variants else (None, None)
+    return DryRun(num_parameters, engine.facts, trace, update_bytes, evaluation, double, other_checkpointing)
+
+
+def _neighbours(engine: Engine, config: Config, shape: Shape) -> tuple[Trace, Trace | None]:
+    engine.train()
+    double = walk_again(engine, _batch((2 * shape[0], shape[1])))
+    try:
+        set_checkpointing(engine.module, "non_reentrant" if config.train.checkpointing == "off" else "off")
+        return double, walk_again(engine, _batch(shape))
+    except (CannotWalkError, ValueError, AttributeError) as error:  # not every model has it
+        logger.debug("no dry run with other activation checkpointing: %s", error)
+        return double, None
 
 
 def _batch(shape: Shape) -> dict[str, torch.Tensor]:
@@ -205,6 +240,10 @@ def decide(
     num_local_ranks: int = 1,
 ) -> PlannedRun:
     """The policy's answer for a capacity, and what the host must hold for each of the ranks that share it."""
+    available_bytes = host_available_bytes or host_memory().available_bytes
+    limit_bytes = min(available_bytes, config.memory.host or available_bytes) // num_local_ranks
+    if config.memory.disk is not None:
+        dry = replace(dry, facts=spill(dry.facts, limit_bytes))
     plan: Plan | None = None
     refusal: DoesNotFitError | None = None
     try:
@@ -214,13 +253,15 @@ def decide(
     placements = plan.placements if plan is not None else [Placement() for _ in dry.facts]
     rows = _host_rows(policy, dry.facts, placements)
     peak_bytes = sum(num_bytes for _, _, num_bytes, _ in rows)
-    available_bytes = host_available_bytes or host_memory().available_bytes
-    limit_bytes = min(available_bytes, config.memory.host or available_bytes) // num_local_ranks
     if refusal is None and peak_bytes > limit_bytes:
         refusal = _host_refusal(policy, rows, peak_bytes, limit_bytes)
+    on_disk = disk_bytes(dry.facts, [Placement() for _ in dry.facts] if policy.name == "auto" else placements)
+    if refusal is None and config.memory.disk is not None:
+        refusal = _disk_refusal(config.memory.disk, on_disk * num_local_ranks)
     if refusal is not None:
         plan = None
-    return PlannedRun(dry, plan, refusal, host_bytes(dry.facts, placements), peak_bytes, available_bytes)
+    staying = host_bytes(dry.facts, placements), peak_bytes, available_bytes, disk_bytes(dry.facts, placements)
+    return PlannedRun(dry, plan, refusal, *staying)
 
 
 def _plan(policy: Policy, dry: DryRun, capacity_bytes: int) -> Plan:
@@ -251,12 +292,16 @@ def _host_rows(policy: Policy, facts: list[ChunkFacts], placements: list[Placeme
     if policy.name == "auto":
         placements = [Placement() for _ in facts]
     staying_bytes = host_bytes(facts, placements)
-    values = sum(fact.value_bytes for fact in facts)
+    values = sum(fact.value_bytes for fact in facts if not fact.values_on_disk)
     if staying_bytes < first_host_bytes(facts):
         note = "while the model is taken over"
         return [("parameters", "host", values, note), ("masters", "host", first_host_bytes(facts) - values, note)]
     note = "during the first step" if policy.name == "auto" else f"policy {policy.name}"
-    values = sum(f.value_itemsize * (f.numel - p.resident_numel) for f, p in zip(facts, placements, strict=True))
+    values = sum(
+        f.value_itemsize * (f.numel - p.resident_numel)
+        for f, p in zip(facts, placements, strict=True)
+        if not f.values_on_disk
+    )
     return [
         ("parameters", "host", values, note),
         ("master, optimizer states, gradients", "host", staying_bytes - values, note),
@@ -273,5 +318,20 @@ def _host_refusal(policy: Policy, rows: Rows, peak_bytes: int, limit_bytes: int)
             *(row for row in rows if row[2]),
             ("needed on the host", "host", peak_bytes, f"{format_bytes(limit_bytes)} available"),
         ],
-        f"smallest change that would fit: free host memory or raise memory.host, {fixed}or a smaller model, or model.lora",
+        "smallest change that would fit: free host memory or raise memory.host, or memory.disk = a folder for what the "
+        f"host cannot hold, {fixed}or a smaller model, or model.lora",
+    )
+
+
+def _disk_refusal(folder: str, needed_bytes: int) -> DoesNotFitError | None:
+    """Of a disk without room for what would go there, as far as that can be known."""
+    there = next(
+        (path for path in (Path(folder).expanduser(), *Path(folder).expanduser().parents) if path.is_dir()), None
+    )
+    if there is None or needed_bytes <= (free_bytes := shutil.disk_usage(there).free):
+        return None
+    return DoesNotFitError(
+        f"it does not fit: {format_bytes(needed_bytes)} must go to disk, {format_bytes(free_bytes)} are free there",
+        [("needed on disk", "disk", needed_bytes, f"{format_bytes(free_bytes)} free in {folder}")],
+        "smallest change that would fit: free disk space, name another folder in memory.disk, or raise memory.host",
     )

@@ -117,16 +117,25 @@ def gradient_statistics(tensors: Iterable[ChunkTensor | torch.Tensor], inverse_s
     return GradientStatistics(float(torch.linalg.vector_norm(torch.stack(norms))), finite)
 
 
-def norm_on_arrival(tensor: ChunkTensor, gradient: torch.Tensor) -> torch.Tensor | None:
+def norm_on_arrival(
+    tensor: ChunkTensor, gradient: torch.Tensor, scratch: dict[torch.device, torch.Tensor] | None = None
+) -> torch.Tensor | None:
     """The 2-norm in fp32, on the device, of a gradient that backward has just made; None where more belongs to it.
 
     With it nobody has to read the gradient once more on the host, after it has left and before the update can begin.
+
+    Args:
+        tensor: whose gradient it is.
+        gradient: in its own dtype.
+        scratch: see :func:`unscaled`; of use where the device has no reduction from 16 bits without a copy in fp32.
     """
     alone = tensor.chunk.shard.is_whole and not tensor.has_gradient
     if not alone or gradient.stride() != tensor.entry.spec.stride:
         return None
     with torch.no_grad():
         flat = gradient.as_strided((gradient.numel(),), (1,))
+        if scratch is not None:
+            flat = unscaled(flat, 1.0, scratch)
         norm: torch.Tensor = torch.linalg.vector_norm(flat, dtype=torch.float32)
     return norm
 
@@ -139,7 +148,8 @@ def _known_norms(tensors: list[ChunkTensor | torch.Tensor], inverse_scale: float
     if not known:
         return {}
     norms = torch.stack([tensor.gradient_norm for tensor in known]).cpu() * inverse_scale  # type: ignore[misc]
-    return {tensor: norm for tensor, norm in zip(known, norms, strict=True) if torch.isfinite(norm)}
+    finite = torch.isfinite(norms).tolist()
+    return {tensor: norm for tensor, norm, fine in zip(known, norms.unbind(), finite, strict=True) if fine}
 
 
 def unscaled(flat: torch.Tensor, inverse_scale: float, scratch: dict[torch.device, torch.Tensor]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,12 +14,18 @@ from gemini.activations import Activations
 from gemini.arena import HostArena
 from gemini.chunk import Chunk
 from gemini.device import AcceleratorDevice, Device, HostDevice
-from gemini.exchange import ALONE, Exchange
+from gemini.disk import DiskArena
+from gemini.exchange import ALONE, Exchange, Shard
 from gemini.heap import give_back_free_memory
-from gemini.layout import ParameterSpec, UnitSpec, build_layout, is_dense
+from gemini.homes import spill
+from gemini.hostinfo import host_memory
+from gemini.layout import ChunkLayout, ParameterSpec, UnitSpec, build_layout, is_dense
 from gemini.manager import Manager
-from gemini.plan import ChunkFacts, chunk_facts
+from gemini.plan import ChunkFacts, chunk_facts, host_bytes
 from gemini.policy import Policy
+from gemini.profile import named_profile
+from gemini.schedule import Run
+from gemini.segment import Placement
 from gemini.simulated import SimulatedDevice, StreamOrder
 from gemini.store import Store
 from gemini.tensor import ChunkTensor
@@ -29,6 +35,7 @@ from zero.errors import UserError
 from zero.gradient import ManagedParameter, manage
 from zero.pending import Reading, is_pending, release
 from zero.precision import LossScaler
+from zero.probing import profile_of
 from zero.units import Unit, find_units
 
 logger = logging.getLogger("zero")
@@ -55,30 +62,35 @@ def make_device(config: Config) -> Device:
     if kind == "simulated":
         if section.memory is None:
             raise UserError('device.memory: the simulated device needs a capacity, such as "6GiB"')
-        return SimulatedDevice(section.memory, StreamOrder(section.streams), section.stream_seed, section.poison)
+        profile = None if section.profile == "auto" else named_profile(section.profile)
+        order = StreamOrder(section.streams)
+        return SimulatedDevice(section.memory, order, section.stream_seed, section.poison, profile)
     try:
         return AcceleratorDevice(section.memory)
     except ValueError as error:
         raise UserError(f"device.type = {section.type}: {error}") from error
 
 
-def make_policy(config: Config, device: Device) -> Policy:
+def make_policy(config: Config, device: Device, exchange: Exchange = ALONE) -> Policy:
     """The policy that ``[memory]`` names. On the host ``auto`` means that nothing moves: there is nowhere to go."""
     memory = config.memory
     name = "cuda" if memory.policy == "auto" and isinstance(device, HostDevice) else memory.policy
-    policy = Policy(name, memory.resident_parameters, memory.resident_optimizer)
-    return policy if memory.prefetch == "auto" else replace(policy, prefetch_depth=memory.prefetch)
+    return Policy(
+        name,
+        memory.resident_parameters,
+        memory.resident_optimizer,
+        profile_of(config, device, exchange),
+        None if memory.prefetch == "auto" else memory.prefetch,
+        Run(config.train.gradient_accumulation_steps, device.most_bytes_on_way),
+    )
 
 
 def most_logits(config: Config) -> int | None:
     """Logits of a chunked loss that may be on the device at a time; None for a loss that is not chunked.
 
-    What they take is small beside the device's capacity.
+    About 100 MB with what is computed from them, and rows enough for products at full speed.
     """
-    if config.train.chunked_loss is not True:
-        return None
-    capacity_bytes = config.device.memory
-    return 1 << 24 if capacity_bytes is None else min(1 << 24, capacity_bytes // 256)
+    return 1 << 23 if config.train.chunked_loss is True else None
 
 
 def make_activations(config: Config, manager: Manager) -> Activations | None:
@@ -116,6 +128,8 @@ class Managed:
     names: dict[int, str]
     """First name of every parameter, managed or not."""
     facts: list[ChunkFacts]
+    spare_host_bytes: int
+    """That the host has, or may give, beyond what the model needs."""
 
 
 def compute_dtype(parameter: torch.Tensor, dtype: torch.dtype, keep_fp32: bool) -> torch.dtype:
@@ -156,7 +170,15 @@ def take_over(
     _require_dense_gradients(model)
     layouts = build_layout(_unit_specs(model, units, dtype), config.memory.chunk)
     parameters = {name: p for unit in units for name, p in unit.parameters}
-    store = Store(device, host)
+    facts = [
+        _facts(layout, exchange.shard(layout), config, state_bytes_per_numel, accumulates, exchange is not ALONE)
+        for layout in layouts
+    ]
+    limit_bytes = _host_limit_bytes(model, config, exchange)
+    if config.memory.disk is not None:
+        facts = spill(facts, limit_bytes)
+    spare_bytes = limit_bytes - host_bytes(facts, [Placement() for _ in facts])
+    store = Store(device, host, DiskArena(config.memory.disk))
     transfer = Transfer(device)
     with Reading() as read:
         chunks = [
@@ -168,8 +190,9 @@ def take_over(
                 keep_master=layout.trainable,
                 read=read,
                 exchange=exchange,
+                homes=fact.homes,
             )
-            for layout in layouts
+            for layout, fact in zip(layouts, facts, strict=True)
         ]
     release(model)
     give_back_free_memory()
@@ -178,9 +201,8 @@ def take_over(
         manage(tensor.parameter, tensor)  # type: ignore[arg-type]
     _cast_empty(model, tensors, dtype, device)
     _cast_buffers(model, dtype, device)
-    facts = [_facts(chunk, config, state_bytes_per_numel, accumulates, exchange is not ALONE) for chunk in chunks]
     names = {id(p): name for name, p in parameters.items()}
-    return Managed(Manager(store, transfer, chunks), units, tensors, names, facts)
+    return Managed(Manager(store, transfer, chunks), units, tensors, names, facts, spare_bytes)
 
 
 def _unit_specs(model: nn.Module, units: list[Unit], dtype: torch.dtype) -> list[UnitSpec]:
@@ -193,11 +215,25 @@ def _unit_specs(model: nn.Module, units: list[Unit], dtype: torch.dtype) -> list
     ]
 
 
-def _facts(chunk: Chunk, config: Config, state_bytes_per_numel: int, accumulates: bool, many_ranks: bool) -> ChunkFacts:
+def _host_limit_bytes(model: nn.Module, config: Config, exchange: Exchange) -> int:
+    """Host bytes for model data of this process: the budget, or what is free once the model's own tensors are gone."""
+    held_bytes = sum(p.nbytes for p in model.parameters() if p.device.type == "cpu" and not is_pending(p))
+    free_bytes = host_memory().available_bytes // exchange.num_local + held_bytes
+    return free_bytes if config.memory.host is None else min(free_bytes, config.memory.host // exchange.num_local)
+
+
+def _facts(
+    layout: ChunkLayout,
+    shard: Shard,
+    config: Config,
+    state_bytes_per_numel: int,
+    accumulates: bool,
+    many_ranks: bool,
+) -> ChunkFacts:
     """Gradients keep the dtype they come in; sums, over micro-batches or ranks, are fp32 unless asked otherwise."""
-    sums = accumulates or (many_ranks and (config.precision.reduce == "fp32" or chunk.shard.is_whole))
-    itemsize = 4 if sums else chunk.layout.dtype.itemsize
-    return chunk_facts(chunk.layout, chunk.shard, state_bytes_per_numel, itemsize)
+    sums = accumulates or (many_ranks and (config.precision.reduce == "fp32" or shard.is_whole))
+    itemsize = 4 if sums else layout.dtype.itemsize
+    return chunk_facts(layout, shard, state_bytes_per_numel, itemsize)
 
 
 def _refuse_compiled(model: nn.Module) -> None:
@@ -205,7 +241,7 @@ def _refuse_compiled(model: nn.Module) -> None:
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise UserError(
                 f"module {name or 'model'} is compiled: torch.compile cannot see when parameters are fetched; give "
-                "zero.initialize() the model uncompiled"
+                "zero.initialize() the model uncompiled, and set train.compile = true to have its blocks compiled"
             )
 
 

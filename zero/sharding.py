@@ -370,7 +370,7 @@ class RankExchange(Exchange):
         for start in range(0, chunk.shard.numel, step):
             numel = min(step, chunk.shard.numel - start)
             parts = self._parts(chunk, runs, start, numel, wire_dtype, device)
-            total = self._sum(parts, ranks, numel, wire_dtype, device) / self.world.size
+            total = self._sum(parts, ranks, numel, wire_dtype, device).div_(self.world.size)
             chunk.add_sums(chunk.shard.start + start, total.to(sums_dtype).to(self._device.torch_device))
         chunk.has_sums = True
 
@@ -383,10 +383,17 @@ class RankExchange(Exchange):
     def _parts(
         self, chunk: Chunk, runs: Sequence[Run], start: int, numel: int, dtype: torch.dtype, device: torch.device
     ) -> list[torch.Tensor]:
-        """What this rank sends to each owner: ``numel`` elements of its shard from ``start`` on; zero where it has none."""
+        """What this rank sends to each owner: ``numel`` elements of its shard from ``start`` on; zero where it has none.
+
+        Where all of them lie side by side they are sent from where they are.
+        """
         parts = []
         for owner in range(self.world.size):
             first = self.division.shard_of(chunk.layout, owner).start + start
+            whole = [v[first - at : first - at + numel] for at, v in runs if at <= first <= at + v.numel() - numel]
+            if whole and whole[0].dtype == dtype and whole[0].device == device:
+                parts.append(whole[0])
+                continue
             part = torch.zeros(numel, dtype=dtype, device=device)
             for at, values in runs:
                 left, right = max(at, first), min(at + values.numel(), first + numel)
@@ -398,13 +405,14 @@ class RankExchange(Exchange):
     def _sum(
         self, parts: list[torch.Tensor], ranks: list[int], numel: int, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        total = torch.zeros(numel, dtype=torch.float32, device=device)
         if len(ranks) == self.world.size:
             received = [torch.empty(numel, dtype=dtype, device=device) for _ in parts]
             all_to_all(received, parts, self.world.bulk)
-            for part in received:
+            total = received[0].float()
+            for part in received[1:]:
                 total += part
             return total
+        total = torch.zeros(numel, dtype=torch.float32, device=device)
         landing = torch.empty(numel, dtype=dtype)
         for sender in ranks:
             if self.world.rank != sender:

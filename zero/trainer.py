@@ -79,7 +79,6 @@ class Trainer:
         config.require_model()
         config.require_data()
         check_trackers(config.train.report_to)
-        config = for_trainer(config)
         self.config = config
         self._ranks = Ranks(join_ranks(config))
         self.output_dir = Path(config.run_folder)
@@ -140,7 +139,9 @@ class Trainer:
         optimizer = build_optimizer(model, config)
         num_steps = self._num_steps()
         scheduler = build_scheduler(optimizer, config, num_steps)
-        engine, *_ = initialize(model, optimizer, lr_scheduler=scheduler, config=config, device=self._device)
+        engine, *_ = initialize(
+            model, optimizer, lr_scheduler=scheduler, config=for_trainer(config), device=self._device
+        )
         torch.manual_seed(config.train.seed + self._ranks.rank)  # each rank drops out other elements
         resumed_from = self._checkpoints.resume(engine, scheduler)
         folder = held_run_folder(self.output_dir) if self._ranks.is_first else contextlib.nullcontext()

@@ -18,6 +18,8 @@ class Unit:
     label: str
     module: nn.Module
     parameters: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    is_block: bool = False
+    """Whether it is one of a list of blocks."""
 
 
 def find_units(root: nn.Module) -> list[Unit]:
@@ -52,7 +54,7 @@ def _walk_blocks(container: nn.Module, label: str, units: list[Unit], seen: set[
         _add(own, f"{label}.{name}", parameter, seen)
     units.append(own)
     for name, block in container.named_children():
-        unit = Unit(f"{label}.{name}", block)
+        unit = Unit(f"{label}.{name}", block, is_block=True)
         for parameter_name, parameter in block.named_parameters(prefix=unit.label):
             _add(unit, parameter_name, parameter, seen)
         units.append(unit)

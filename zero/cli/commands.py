@@ -80,11 +80,30 @@ def validate(arguments: argparse.Namespace, rest: list[str]) -> int:
 def plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     """``zero plan CONFIG``: 0 if it fits, 2 if not."""
     config = _load(arguments, rest, require=("model",))
-    from zero.cli.plan import plan_text
+    from zero.cli.plan import Wish, plan_text
 
-    text, fits = plan_text(config)
+    text, fits = plan_text(config, Wish(arguments.on, arguments.timeline, arguments.trace))
     sys.stdout.write(text + "\n")
     return 0 if fits else 2
+
+
+def probe(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``zero probe``: what this machine can do, as one process or as ranks."""
+    overrides = parse_overrides(rest)
+    unread = sorted(set(overrides) - {"device"})
+    if unread:
+        raise UserError(f"--{unread[0]}.*: zero probe does not read it; it reads --device.*")
+    config = load_config(None, overrides)
+    if start_ranks(arguments):
+        return launch(arguments, config)
+    from zero.cli.probe import probe_text
+    from zero.launcher import join
+
+    join(config)
+    text = probe_text(config, arguments.again, arguments.json)
+    if text is not None:
+        sys.stdout.write(text + "\n")
+    return 0
 
 
 def env(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -77,16 +77,17 @@ def _explain(error: BaseException) -> Explained | None:
     """Words for what needs no traceback."""
     if isinstance(error, ValueError) and _is_the_users(error):
         return Explained(str(error), EXIT_WRONG_INPUT)
-    if isinstance(error, commands.RunFailed) or (isinstance(error, MemoryError) and _is_of_the_host(error)):
+    if isinstance(error, commands.RunFailed) or _has_no_room(error):
         return Explained(str(error), EXIT_FAILED)
     if isinstance(error, KeyboardInterrupt):
         return Explained("interrupted", EXIT_INTERRUPTED)
     return None
 
 
-def _is_of_the_host(error: MemoryError) -> bool:
-    arena = sys.modules.get("gemini.arena")
-    return arena is not None and isinstance(error, arena.HostMemoryError)
+def _has_no_room(error: BaseException) -> bool:
+    """Whether host or disk could not hold one more buffer."""
+    kinds = (("gemini.arena", "HostMemoryError"), ("gemini.disk", "DiskError"))
+    return any(isinstance(error, getattr(sys.modules[name], kind)) for name, kind in kinds if name in sys.modules)
 
 
 def _is_the_users(error: ValueError) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zero.cli import commands
@@ -37,7 +38,11 @@ several processes:
   srun zero                                            the same inside a SLURM job
 The first process prints as one alone does; the others print warnings and errors, with their number before each line."""
 
-_USAGE = {"train": " [--nprocs N] [--max-restarts K]", "plan": "", "validate": " [--keys]"}
+_USAGE = {
+    "train": " [--nprocs N] [--max-restarts K]",
+    "plan": " [--on CARD] [--timeline PNG] [--trace JSON]",
+    "validate": " [--keys]",
+}
 
 _DESCRIPTIONS = {
     "train": """\
@@ -47,6 +52,8 @@ config: the resolved config, metrics, a picture of the memory, checkpoints, and 
     "plan": """\
 Walks one micro-batch through the model on tensors without memory, and says what the run will need on the device and on
 the host. Needs no accelerator; say which machine is meant: --device.memory 24GiB --memory.host 120GiB.
+--on rtx3090 plans for that card by its data sheet, --on this for what `zero probe` measures here, each with the predicted
+step time, what limits it, what would help, and the same for the next smaller and larger card.
 Exit code 0: it fits; 2: it does not, with the table of who needs what and the smallest change that would fit.""",
     "validate": """\
 Checks a config and prints it with every default filled in. All problems are listed at once.""",
@@ -69,6 +76,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     _add_run(verbs)
     _add_generate(verbs)
     _add_export(verbs)
+    _add_probe(verbs)
     env = verbs.add_parser("env", help="say what this machine and installation offer, for a bug report")
     env.add_argument("--json", action="store_true", help="as JSON")
     env.set_defaults(run=commands.env)
@@ -93,9 +101,31 @@ def _add_config_verbs(verbs: Verbs) -> None:
         verb.add_argument("config", nargs="?", metavar="CONFIG", help="a .toml, .yaml, .json or .py file")
         if name == "train":
             add_process_options(verb)
+        if name == "plan":
+            verb.add_argument("--on", metavar="CARD", help="a card by name, such as rtx3090 or h100, or this")
+            verb.add_argument("--timeline", type=Path, metavar="PNG", help="draw the predicted schedule of one step")
+            verb.add_argument("--trace", type=Path, metavar="JSON", help="write it for https://ui.perfetto.dev")
         if name == "validate":
             verb.add_argument("--keys", action="store_true", help="list every key with its meaning and default")
         verb.set_defaults(run=function)
+
+
+def _add_probe(verbs: Verbs) -> None:
+    probe = verbs.add_parser(
+        "probe",
+        help="measure this machine: link, memory, update rates, matrix products",
+        usage="zero probe [--nprocs N] [--json] [--again] [--device.key value ...]",
+        description="""\
+Measures in about a second what plans are made from: the link both ways, alone and together, host memory, AdamW on host
+and device, matrix products. What was found is kept for this device, processor, number of threads and torch. With --nprocs
+N all processes measure at the same time, as they will run, and the slowest counts.""",
+        splitter=keys_aside,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    probe.add_argument("--json", action="store_true", help="as JSON, in bytes, elements and operations per second")
+    probe.add_argument("--again", action="store_true", help="measure even what is known")
+    add_process_options(probe)
+    probe.set_defaults(run=commands.probe)
 
 
 def _add_run(verbs: Verbs) -> None:

@@ -2,41 +2,160 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import torch
 
 from gemini.plan import ChunkFacts
+from gemini.profile import named_profile, neighbours
 from gemini.units import format_bytes
+from zero.config.loading import for_trainer
 from zero.config.schema import Config
 from zero.dryrun import CannotWalkError
+from zero.errors import UserError
+from zero.forecast import Forecast, Machine, changes, forecast, host_bytes_of, most_rows, schedule_of
 from zero.models.build import build_tokenizer
-from zero.planning import DryRun, PlannedRun, assumed_evaluation_shape, plan_run
-from zero.report.tables import values_text
+from zero.planning import DryRun, PlannedRun, assumed_evaluation_shape, dry_run_of
+from zero.probing import measured_profile, profile_of
+from zero.report.tables import text_columns, values_text
+from zero.report.timeline import draw_timeline, step_text, write_trace
 from zero.setup import make_device
 
 
-def plan_text(config: Config) -> tuple[str, bool]:
+@dataclass(frozen=True)
+class Wish:
+    """What ``zero plan`` was asked for.
+
+    Attributes:
+        on: a card by name, or ``"this"``; None: the device of the config.
+        timeline: where to draw the schedule of a step.
+        trace: where to write it for Perfetto.
+    """
+
+    on: str | None = None
+    timeline: Path | None = None
+    trace: Path | None = None
+
+
+def plan_text(config: Config, wish: Wish | None = None) -> tuple[str, bool]:
     """The report, and whether it fits.
 
     Raises:
-        UserError: model or tokenizer cannot be had.
+        UserError: model or tokenizer cannot be had, there is no such card, or a file cannot be written.
     """
-    device = make_device(config)
+    wish = wish or Wish()
+    machine, name = _machine(config, wish)
     tokenizer = build_tokenizer(config) if config.model.config is not None else None
     # A plan may be for another machine: what memory.host says is then believed. A run looks at what is free.
     evaluation_shape = assumed_evaluation_shape(config)
+    config = for_trainer(config)
     try:
-        planned = plan_run(config, device, tokenizer, config.memory.host, evaluation_shape)
+        dry = dry_run_of(config, tokenizer, evaluation_shape, machine.num_ranks, variants=wish.on is not None)
     except CannotWalkError as error:
         return (
             f"this model cannot be walked through without data, as where its forward depends on values ({error}); "
             "the warm-up step of `zero train` measures it"
         ), True
-    title = f"{config.train.per_device_train_batch_size} x {config.data.seq_length} tokens on {device.name}"
-    rows = [("parameters", f"{planned.dry.num_parameters:,}"), *_byte_rows(config, planned, device.capacity_bytes)]
-    text = values_text(rows, title=title)
+    found = forecast(config, dry, machine)
+    planned = found.planned
+    title = f"{config.train.per_device_train_batch_size} x {config.data.seq_length} tokens on {name}"
+    rows = [("parameters", f"{dry.num_parameters:,}"), *_byte_rows(config, planned, machine.capacity_bytes)]
+    has_rates = wish.on is not None or name != "cpu"
+    if has_rates:
+        rows += _time_rows(machine, found)
+    parts = [values_text(rows, title=title)]
+    if wish.on is not None:
+        parts += _advice(config, dry, machine, found)
     if planned.refusal is not None:
-        return f"{text}\n\n{planned.refusal}", False
-    return f"{text}\n\nit fits", True
+        return "\n\n".join([*parts, str(planned.refusal)]), False
+    written = _write(config, dry, machine, found, wish, title)
+    return "\n\n".join([*parts, *written, "it fits"]), True
+
+
+def _machine(config: Config, wish: Wish) -> tuple[Machine, str]:
+    """What is planned for, and its name."""
+    num_ranks = config.parallel.data or 1
+    host_bytes = host_bytes_of(config)
+    if wish.on not in (None, "this"):
+        try:
+            profile = named_profile(str(wish.on))
+        except ValueError as error:
+            raise UserError(f"--on {error}, this (measured)") from error
+        capacity_bytes = config.device.memory or profile.capacity_bytes
+        return Machine(profile, capacity_bytes, host_bytes, num_ranks, num_ranks), profile.name
+    device = make_device(config)
+    try:
+        profile = measured_profile(device) if wish.on == "this" else profile_of(config, device)
+        return Machine(profile, device.capacity_bytes, host_bytes, num_ranks, num_ranks), device.name
+    finally:
+        device.close()
+
+
+def _time_rows(machine: Machine, found: Forecast) -> list[tuple[str, str]]:
+    profile = machine.profile
+    rows = [("rates", f"{profile.name}: {profile.source}")]
+    if not found.fits:
+        return rows
+    (limit, busy_s), *_ = found.limits
+    share = 100 * busy_s / found.step_s if found.step_s else 0
+    others = ", ".join(
+        f"{name} {100 * s / found.step_s:.0f}%" for name, s in found.limits[1:] if s > found.step_s / 100
+    )
+    return [
+        *rows,
+        ("step, predicted", f"{step_text(found.step_s)}, {found.tokens_per_s:,.0f} tokens/s"),
+        ("limited by", f"{limit}: {share:.0f}% of the step" + (f" ({others})" if others else "")),
+    ]
+
+
+def _advice(config: Config, dry: DryRun, machine: Machine, found: Forecast) -> list[str]:
+    parts = []
+    most = most_rows(config, dry, machine)
+    rows = [("largest micro-batch", f"about {most} x {config.data.seq_length} tokens" if most else "none")]
+    parts.append(values_text(rows))
+    better = changes(config, dry, machine, found)
+    if better:
+        title = "what would help" if found.fits else "what would fit"
+        lines = [("change", "tokens/s", "gain", "but")]
+        for change in better:
+            gain = f"x{change.forecast.tokens_per_s / found.tokens_per_s:.2f}" if found.fits else ""
+            speed = f"{change.forecast.tokens_per_s:,.0f}"
+            lines.append((f"{change.key} = {change.value}", speed, gain, change.note))
+        parts.append(f"{title}\n{text_columns(lines, right_aligned=('tokens/s', 'gain'))}")
+    smaller, larger = neighbours(replace(machine.profile, capacity_bytes=machine.capacity_bytes))
+    table: list[tuple[str, ...]] = [("card", "memory", "fits", "step", "tokens/s", "limited by", "largest micro-batch")]
+    for card in (smaller, machine.profile, larger):
+        if card is machine.profile:
+            table.append(_card_line(config, dry, machine, found))
+        elif card is not None:
+            there = replace(machine, profile=card, capacity_bytes=card.capacity_bytes)
+            table.append(_card_line(config, dry, there, forecast(config, dry, there)))
+    parts.append(f"smaller and larger cards\n{text_columns(table, right_aligned=('memory', 'step', 'tokens/s'))}")
+    return parts
+
+
+def _card_line(config: Config, dry: DryRun, machine: Machine, found: Forecast) -> tuple[str, ...]:
+    most = most_rows(config, dry, machine)
+    figures = ("no", "", "", "capacity")
+    if found.fits:
+        figures = ("yes", step_text(found.step_s), f"{found.tokens_per_s:,.0f}", found.limits[0][0])
+    return (machine.profile.name, format_bytes(machine.capacity_bytes), *figures, str(most))
+
+
+def _write(config: Config, dry: DryRun, machine: Machine, found: Forecast, wish: Wish, title: str) -> list[str]:
+    if wish.timeline is None and wish.trace is None:
+        return []
+    spans = schedule_of(config, dry, machine, found).spans or []
+    title = f"{title}: {step_text(found.step_s)} a step, predicted"
+    said = []
+    if wish.timeline is not None:
+        draw_timeline(wish.timeline, spans, title, found.step_s)
+        said.append(f"schedule drawn to {wish.timeline}")
+    if wish.trace is not None:
+        write_trace(wish.trace, spans, title)
+        said.append(f"trace for https://ui.perfetto.dev written to {wish.trace}")
+    return ["\n".join(said)]
 
 
 def _byte_rows(config: Config, planned: PlannedRun, capacity_bytes: int) -> list[tuple[str, str]]:
@@ -83,7 +202,8 @@ def _byte_rows(config: Config, planned: PlannedRun, capacity_bytes: int) -> list
     if num_ranks > 1:
         host += f", which {num_ranks} ranks share"
     rows.append(("host", host + (", pinned" if pinned else "")))
-    rows.append(("disk", "0 B"))
+    on_disk = f", in {config.memory.disk}" if planned.disk_bytes else ""
+    rows.append(("disk", format_bytes(planned.disk_bytes) + on_disk))
     return rows
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from gemini.profile import NAMED, named_profile
 from zero.config.types import (
     Allowed,
     ByteAmount,
@@ -20,6 +21,16 @@ from zero.config.types import (
 )
 
 
+def _known_card(value: Any) -> Any:
+    """Refuses a name that no published profile has."""
+    if isinstance(value, str) and value != "auto":
+        try:
+            named_profile(value)
+        except ValueError as error:
+            raise ValueError(str(error).partition(": ")[2]) from error
+    return value
+
+
 class DeviceSection(Section):
     """The accelerator that computes, and how much of its memory this run may take."""
 
@@ -31,6 +42,11 @@ class DeviceSection(Section):
     memory: ByteAmount | None = None
     """Cap on device memory in bytes, such as "6GiB". Unset: all that is free. On a real accelerator the allocator
     enforces it, so that a small card can be tried out on a large one; `simulated` needs it."""
+
+    profile: Annotated[str, AfterValidator(_known_card), Allowed(f"auto, {', '.join(NAMED)}")] = "auto"
+    """How fast the machine is, for the choice of a plan. `auto` measures an accelerator once and keeps what it found,
+    and takes fixed figures for `simulated`. The name of a card takes its data sheet; `simulated` then reckons in
+    virtual time how long a step would take there."""
 
     streams: Literal["procrastinating", "random", "immediate"] = "procrastinating"
     """When the simulated device carries out queued copies: only when a wait forces them, in a random legal order, or

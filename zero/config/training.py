@@ -94,6 +94,10 @@ class OptimizerSection(Section):
     to the bit. `auto` is one beside an accelerator, and none with device.type = cpu, where the model needs the same
     cores; 0 makes every update before step() returns."""
 
+    early: bool = True
+    """Where gradients are not clipped, begin updates inside backward. What they overwrite is kept, in at most half of the
+    host memory that the model leaves free, until the step is known to be good: results are the same to the bit."""
+
     @property
     def num_workers(self) -> int | None:
         """Threads for updates; None for as many as suit the device."""
@@ -182,6 +186,10 @@ class TrainSection(Section):
     ] = False
     """Keep only each block's input and compute the rest again in backward: less memory, a third more computing.
     `true` is "non_reentrant"."""
+
+    compile: bool = False
+    """Compile each block with torch.compile: faster steps after a first one that takes a minute or more. Results are those
+    of plain PyTorch up to rounding. Give zero.initialize() the model uncompiled."""
 
     chunked_loss: bool | Literal["auto"] = "auto"
     """Compute the loss from the last hidden states piece by piece, so that the logits of a large batch are never on the

@@ -19,7 +19,7 @@ from zero.data.locate import is_hub_name
 from zero.data.packing import TokenDataset
 from zero.data.records import Problems
 from zero.data.resumable import Batch, ResumableLoader, worker_seed
-from zero.data.sampler import RankBatches, ResumableSampler
+from zero.data.sampler import RankBatches, ResumableSampler, longest_first
 from zero.data.settings import DataSettings, Settings, Sources
 from zero.data.sources import BUILTIN, Position, ReadOptions, RecordReader, RecordSet, load_records
 from zero.data.split import hold_out, hold_out_first
@@ -186,9 +186,10 @@ class _Builder:
 
     def _train_loader(self, dataset: TokenDataset) -> ResumableLoader:
         data, train = self.config.data, self.config.train
+        first = longest_first(dataset.lengths, train.seed) if data.shuffle else None
         return ResumableLoader(
             dataset,
-            ResumableSampler(len(dataset), train.seed, shuffle=data.shuffle),
+            ResumableSampler(len(dataset), train.seed, shuffle=data.shuffle, first=first),
             train.seed,
             batch_size=train.per_device_train_batch_size,
             rank=self.rank,

@@ -87,10 +87,15 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
             return len(self.token_ids) - len(first)
         return int(np.count_nonzero(self.in_loss)) - int(np.count_nonzero(self.in_loss[first]))
 
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each sequence."""
+        return np.diff(self.offsets)
+
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return int(np.diff(self.offsets).max(initial=0))
+        return int(self.lengths.max(initial=0))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -92,8 +92,9 @@ class ResumableLoader(DataLoader[Batch]):
 
         The same on all ranks, and good for any number of them and any batch size.
         """
-        place = ResumableSampler(len(self._place), self._seed, self._epoch, self._index, self._place.shuffle)
-        return {**place.state_dict(), "fingerprint": self._data.fingerprint}
+        place = self._place
+        here = ResumableSampler(len(place), self._seed, self._epoch, self._index, place.shuffle, place.first)
+        return {**here.state_dict(), "fingerprint": self._data.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to where ``state`` was taken; call it between epochs' loops.

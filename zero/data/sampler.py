@@ -15,13 +15,40 @@ from zero.errors import DataError
 T = TypeVar("T")
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -> npt.NDArray[np.int64]:
-    """The samples' order in an epoch, [num_samples]: a function of its arguments alone, no global random state."""
+def epoch_order(
+    num_samples: int, seed: int, epoch: int, shuffle: bool = True, first: int | None = None
+) -> npt.NDArray[np.int64]:
+    """The samples' order in an epoch, [num_samples]: a function of its arguments alone, no global random state.
+
+    Args:
+        num_samples: In an epoch.
+        seed: Any integer.
+        epoch: From 0.
+        shuffle: False: in order.
+        first: Sample that changes places with the very first one of a run.
+    """
     if not shuffle:
         return np.arange(num_samples, dtype=np.int64)
     # A seed may be any int; the sequence mixes words, so that (seed 0, epoch 1) and (seed 1, epoch 0) differ.
     words = np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch])
-    return np.random.Generator(np.random.PCG64(words)).permutation(num_samples).astype(np.int64, copy=False)
+    order = np.random.Generator(np.random.PCG64(words)).permutation(num_samples).astype(np.int64, copy=False)
+    if first is not None and epoch == 0:
+        place = int(np.flatnonzero(order == first)[0])
+        order[[0, place]] = order[[place, 0]]
+    return order
+
+
+def longest_first(lengths: npt.NDArray[np.int64], seed: int) -> int | None:
+    """The sample to begin a shuffled run with, so that no later batch needs more memory; None if that is so anyway.
+
+    Whether a run fits shows with its first batch then, and the plan made from it holds.
+    """
+    begins = int(epoch_order(len(lengths), seed, 0)[0])
+    longest = int(lengths.argmax())
+    return longest if lengths[longest] > lengths[begins] else None
+
+
+_SETTLES_ORDER = ("num_samples", "seed", "shuffle", "first")
 
 
 class ResumableSampler(Sampler[int]):
@@ -36,14 +63,24 @@ class ResumableSampler(Sampler[int]):
         epoch: The present one, from 0.
         index: Samples of it handed out so far.
         shuffle: False: every epoch goes through the samples in order.
+        first: Sample that a shuffled run begins with, whatever the order says.
     """
 
-    def __init__(self, num_samples: int, seed: int = 0, epoch: int = 0, index: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        seed: int = 0,
+        epoch: int = 0,
+        index: int = 0,
+        shuffle: bool = True,
+        first: int | None = None,
+    ) -> None:
         if num_samples < 1:
             raise DataError(f"data: {num_samples} samples; at least one is needed")
         self.num_samples = num_samples
         self.seed = seed
         self.shuffle = shuffle
+        self.first = first
         self.epoch = 0
         self.index = 0
         self.seek(epoch, index)
@@ -53,7 +90,7 @@ class ResumableSampler(Sampler[int]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        order = epoch_order(self.num_samples, self.seed, self.epoch, self.shuffle)
+        order = epoch_order(self.num_samples, self.seed, self.epoch, self.shuffle, self.first)
         while self.index < self.num_samples:
             self.index += 1
             yield int(order[self.index - 1])
@@ -74,7 +111,7 @@ class ResumableSampler(Sampler[int]):
         state = {"epoch": self.epoch, "index": self.index}
         if self.index == self.num_samples:
             state = {"epoch": self.epoch + 1, "index": 0}
-        return {**state, "num_samples": self.num_samples, "seed": self.seed, "shuffle": self.shuffle}
+        return {**state, **{name: getattr(self, name) for name in _SETTLES_ORDER}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to where ``state`` was taken.
@@ -82,7 +119,7 @@ class ResumableSampler(Sampler[int]):
         Raises:
             DataError: It was taken over another number of samples, seed or shuffling: the place means nothing here.
         """
-        for name in ("num_samples", "seed", "shuffle"):
+        for name in _SETTLES_ORDER:
             if name in state and state[name] != getattr(self, name):
                 raise DataError(
                     f"data: the checkpoint was written with {name} = {state[name]}, this run has "

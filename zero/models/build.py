@@ -145,16 +145,27 @@ def dress(model: Any, config: Config) -> nn.Module:
     """Adds adapters and turns activation checkpointing on."""
     kind = config.train.checkpointing
     if kind != "off":
-        # transformers 5.23 renamed it and warns about the old name, which is all that 5.0 has.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": kind == "reentrant"})
-        model.config.use_cache = False
+        set_checkpointing(model, kind)
     if config.model.lora is not None:
         if kind != "off":
             model.enable_input_require_grads()
         model = _with_adapters(model, config)
     dressed: nn.Module = model
     return dressed
+
+
+def set_checkpointing(model: Any, kind: str) -> None:
+    """Turns activation checkpointing on ("reentrant" or "non_reentrant"), or "off"."""
+    # transformers 5.23 renamed it and warns about the old name, which is all that 5.0 has.
+    name = "disable" if kind == "off" else "enable"
+    switch = getattr(model, f"activation_checkpointing_{name}", None) or getattr(
+        model, f"gradient_checkpointing_{name}"
+    )
+    if kind == "off":
+        switch()
+        return
+    switch({"use_reentrant": kind == "reentrant"})
+    model.config.use_cache = False
 
 
 def _with_adapters(model: Any, config: Config) -> Any:

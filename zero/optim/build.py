@@ -19,8 +19,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("adamw.c")
-_HEADERS = ("adamw_isa.h", "adamw_step.h")
+_SOURCE = Path(__file__).with_name("kernel.c")
+_HEADERS = ("kernel.h", "kernel_isa.h", "kernel_formats.h", "kernel_rules.h", "kernel_update.h")
 # No -march=native: the cache may be on a home folder shared by machines of several kinds. No contraction: the sources
 # say where a fused multiply-add belongs, and the result must not depend on the compiler's choice.
 _FLAGS = (
@@ -96,14 +96,14 @@ def build(compiler: Compiler, thread_flags: tuple[str, ...], *, force: bool = Fa
     Raises:
         BuildError: The compiler failed, or nothing can be written anywhere.
     """
-    name = f"adamw-{_key(compiler, thread_flags)}.so"
+    name = f"kernel-{_key(compiler, thread_flags)}.so"
     for folder in (_cache_folder, _temporary_folder):
         path = folder() / name
         if path.is_file() and not force:
             return path
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=".adamw-", suffix=".so", dir=path.parent)
+            handle, partial = tempfile.mkstemp(prefix=".kernel-", suffix=".so", dir=path.parent)
         except OSError:
             continue
         os.close(handle)

@@ -9,7 +9,8 @@ import ctypes
 import struct
 from collections.abc import Callable
 
-from zero.optim.native_args import DTYPE_BF16, Call, make_scalars
+from zero.optim.native_args import DTYPE_BF16, RULE_ADAM, Call
+from zero.optim.native_rules import AdamRule
 
 _NUMEL = 83  # full blocks, a full vector and a rest, for every instruction set
 _LR, _BETA1, _BETA2, _EPS, _DECAY, _STEP = 0.01, 0.9, 0.99, 1e-8, 0.1, 2
@@ -30,9 +31,11 @@ def computes_correctly(step: Callable[[Call, int], None]) -> bool:
     master, exp_avg = _Floats(*(3.0 - x for x in ramp)), _Floats(*(x / 128 for x in ramp))
     exp_avg_sq, grad, out = _Floats(*(x * x + 0.125 for x in ramp)), _Halves(*map(_bf16_bits, ramp)), _Halves()
     expected = [_formula(3.0 - x, x / 128, x * x + 0.125, x) for x in ramp]
-    scalars = make_scalars(_LR, (_BETA1, _BETA2), _EPS, _DECAY, _STEP, 1.0, decoupled=True, maximize=False)
-    pointers = [ctypes.addressof(array) for array in (master, exp_avg, exp_avg_sq, grad, out)]
-    step(Call(*pointers, DTYPE_BF16, DTYPE_BF16, scalars), _NUMEL)
+    rule = AdamRule(_LR, (_BETA1, _BETA2), _EPS, _DECAY, _STEP)
+    call = Call(rule=RULE_ADAM, grad_dtype=DTYPE_BF16, out_dtype=DTYPE_BF16, numel=_NUMEL, scalars=rule.scalars())
+    call.master, call.first, call.second = (ctypes.addressof(array) for array in (master, exp_avg, exp_avg_sq))
+    call.grad, call.out = ctypes.addressof(grad), ctypes.addressof(out)
+    step(call, _NUMEL)
     computed = zip(master, exp_avg, exp_avg_sq, out, strict=True)
     return all(_agree(got, want) for got, want in zip(computed, expected, strict=True))
 

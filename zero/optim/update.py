@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from gemini.chunk import Chunk
+from gemini.holdings import nothing
 from gemini.jobs import HostQueue
 from gemini.plan import ChunkFacts
 from gemini.segment import GRADIENT, MASTER, Segment
 from gemini.store import Store, Tier
 from gemini.tensor import ChunkTensor
 from gemini.transfer import Transfer
+from zero.optim.early import EarlyUpdates, Snapshots
 from zero.optim.elementwise import run, shadow_of
 from zero.optim.native import NativeKernel
 from zero.optim.straddle import BLOCK_NUMEL, cut_blocks, join, put_back
@@ -81,8 +83,11 @@ class ChunkUpdater:
         kernel: the native kernel, or None for torch's arithmetic.
         piece_numel: most elements per torch call on the host: what stays in cache, and what temporaries may take.
         device_piece_numel: the same on the device, where temporaries count against its capacity.
+        early_bytes: host memory for what updates inside backward overwrite; 0: there are none.
 
     Attributes:
+        groups: of every parameter that is updated, with its hyperparameters.
+        early: updates that begin inside backward.
         scalars: states that are no tensors of the parameter's length, by parameter; none before its first update.
         keys: names and dtypes of the states that are.
     """
@@ -96,17 +101,19 @@ class ChunkUpdater:
         kernel: NativeKernel | None,
         piece_numel: int = 1 << 20,
         device_piece_numel: int = 1 << 20,
+        early_bytes: int = 0,
     ) -> None:
         self._optimizer = optimizer
-        self._groups: dict[ChunkTensor, Group] = {}
+        self.groups: dict[ChunkTensor, Group] = {}
         self._store = store
         self._transfer = transfer
         self._queue = queue
         self._kernel = kernel
-        self._piece_numel = {Tier.HOST: piece_numel, Tier.DEVICE: device_piece_numel}
+        self._piece_numel = {True: device_piece_numel, False: piece_numel}  # by whether it is on the device
         self._of_thread = threading.local()
         self.scalars: dict[ChunkTensor, Scalars] = ScalarsByTensor()
         self.keys: dict[str, torch.dtype] = {}
+        self.early = EarlyUpdates(self, Snapshots(store, early_bytes))
 
     @property
     def _shadow(self) -> torch.optim.Optimizer:
@@ -118,7 +125,7 @@ class ChunkUpdater:
 
     def use_groups(self, group_of: dict[ChunkTensor, Group]) -> None:
         """From now on these tensors are updated, each with the hyperparameters of its group."""
-        self._groups = group_of
+        self.groups = group_of
 
     def forget(self, tensor: ChunkTensor) -> None:
         """The tensor has no states any more: its next update is its first."""
@@ -132,7 +139,7 @@ class ChunkUpdater:
     def makes_states_on_device(self, chunks: list[Chunk]) -> bool:
         """Whether the next update creates states in places that a plan has given to states already there."""
         return any(
-            tensor.has_gradient and tensor in self._groups and tensor not in self.scalars
+            tensor.has_gradient and tensor in self.groups and tensor not in self.scalars
             for chunk in chunks
             if chunk.placement.companion_numel and self.keys
             for tensor in chunk.tensors
@@ -145,28 +152,56 @@ class ChunkUpdater:
             chunks: in the order in which the next pass reads them, with no gathered copies on the device.
             factor: gradients are multiplied by it first (1 / loss scale x clip coefficient).
         """
-        now = {id(group): captured(group) for group in {id(g): g for g in self._groups.values()}.values()}
+        coming: list[ChunkWork] = []
+        now = {id(group): captured(group) for group in {id(g): g for g in self.groups.values()}.values()}
         for chunk in chunks:
-            groups = {t: now[id(self._groups[t])] for t in chunk.tensors if t.has_gradient and t in self._groups}
-            if not groups:
+            groups = {t: now[id(self.groups[t])] for t in chunk.tensors if t.has_gradient and t in self.groups}
+            if not groups or self.early.confirm(chunk, groups, factor):
                 continue
             before = {tensor: self.scalars.get(tensor) for tensor in groups}
             work = ChunkWork(chunk, chunk.segments, groups, before, factor)
             if work.needs_only_host_memory(self.keys):
-                self._begin(work)
+                position = len(coming)
+                coming.append(work)
+                self.begin(work, lambda at=position: self._read_ahead(coming[at : at + 2]))  # type: ignore[misc]
             else:
                 self._carry_out(work)
                 self._bring_values(work, self._rounded(work))
+                work.let_go(self._store.disk)
 
-    def _begin(self, work: ChunkWork) -> None:
+    def _read_ahead(self, works: list[ChunkWork]) -> None:
+        for work in works:
+            work.read_ahead(self._store.disk)
+
+    def begin(
+        self,
+        work: ChunkWork,
+        prepare: Callable[[], None],
+        finished: Callable[[], None] = nothing,
+        undo: Callable[[], None] | None = None,
+    ) -> None:
+        """Queues an update.
+
+        Args:
+            work: that needs only host memory.
+            prepare: called first, on the thread that makes it.
+            finished: called once it is done and wanted, by the program.
+            undo: see :meth:`gemini.holdings.Holdings.begin_update`.
+        """
         rounded: list[torch.Tensor | None] = []
 
         def run() -> None:
+            prepare()
             self._carry_out(work)
             rounded.extend(self._rounded(work))
+            work.let_go(self._store.disk)
 
-        job = self._queue.submit(run)
-        work.chunk.begin_update(job, lambda: self._bring_values(work, rounded))
+        def finish() -> None:
+            self._bring_values(work, rounded)
+            finished()
+
+        job = self._queue.submit(run, sum(segment.numel for segment in work.segments))
+        work.chunk.begin_update(job, finish, undo)
 
     # -- on whichever thread -----------------------------------------------------------------------------------------
 
@@ -174,11 +209,11 @@ class ChunkUpdater:
         """The arithmetic; touches nothing of the chunk but what ``work`` names."""
         work.chunk.before_change()
         for segment in work.segments:
-            with self._on(segment):
-                if self._kernel is not None and segment.companion_tier is Tier.HOST:
+            with self._on(segment, segment.numel):
+                if self._kernel is not None and self._is_native(segment):
                     self._native(self._kernel, work, segment)
                 else:
-                    for pieces in work.batches(segment, self._piece_numel[segment.companion_tier]):
+                    for pieces in work.batches(segment, self._piece_numel[segment.updates_on_device]):
                         self._torch_step(work, segment, pieces)
         for tensor in work.groups:
             if self._kernel is not None:
@@ -188,9 +223,22 @@ class ChunkUpdater:
             if self._kernel is None and not work.is_owned(tensor):
                 self._count(work, tensor)
 
-    def _on(self, segment: Segment) -> contextlib.AbstractContextManager[Any]:
-        on_device = segment.companion_tier is Tier.DEVICE
-        return self._store.device.activity() if on_device else contextlib.nullcontext()
+    def _is_native(self, segment: Segment) -> bool:
+        """Whether the native kernel makes the update.
+
+        Where the host is the device it reaches what lies there, too; in fp32 torch's arithmetic stays there, which is
+        plain PyTorch's to the bit and as fast.
+        """
+        if self._kernel is None:
+            return False
+        return not segment.updates_on_device or (self._store.device.is_host and not segment.master_is_values)
+
+    def _is_beside(self, segment: Segment) -> bool:
+        """Whether values and companions are on the same side of a link."""
+        return not segment.values_cross or self._store.device.is_host
+
+    def _on(self, segment: Segment, numel: int = 0) -> contextlib.AbstractContextManager[Any]:
+        return self._store.device.update_activity(numel) if segment.updates_on_device else contextlib.nullcontext()
 
     def _count(self, work: ChunkWork, tensor: ChunkTensor) -> None:
         """Step counts and the like of a parameter that only others own a part of: all processes know the same of them.
@@ -269,7 +317,7 @@ class ChunkUpdater:
     def _native(self, kernel: NativeKernel, work: ChunkWork, segment: Segment) -> None:
         moments = [segment.companion(self._store, key, torch.float32) for key in ("exp_avg", "exp_avg_sq")]
         self.keys.update(exp_avg=torch.float32, exp_avg_sq=torch.float32)
-        writes_values = segment.value_tier is Tier.HOST and not segment.master_is_values
+        writes_values = self._is_beside(segment) and not segment.master_is_values
         for part in work.native_runs(segment):
             inside, group = slice(part.start, part.stop), part.group
             kernel.adamw(
@@ -295,10 +343,10 @@ class ChunkUpdater:
         crossing: list[torch.Tensor | None] = []
         for segment in work.segments:
             master = segment.companions[MASTER]
-            crosses = segment.value_tier is not segment.companion_tier
+            done = segment.master_is_values or (self._is_native(segment) and self._is_beside(segment))
+            crosses = segment.values_cross and not done
             with self._on(segment):
                 crossing.append(master.to(segment.values.dtype) if crosses else None)
-            done = segment.master_is_values or (self._kernel is not None and segment.companion_tier is Tier.HOST)
             if not crosses and not done:
                 segment.values.copy_(master)
         return crossing

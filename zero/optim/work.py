@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from gemini.chunk import Chunk
+from gemini.disk import DiskArena
 from gemini.segment import Segment
-from gemini.store import Tier
 from gemini.tensor import ChunkTensor
 from zero.optim.straddle import whole_blocks
 
@@ -59,13 +59,25 @@ class ChunkWork:
     before: dict[ChunkTensor, Scalars | None]
     factor: float
 
+    def read_ahead(self, disk: DiskArena) -> None:
+        """Starts to read what lies on disk."""
+        for segment in self.segments:
+            for buffer in segment.on_disk():
+                disk.will_need(buffer)
+
+    def let_go(self, disk: DiskArena) -> None:
+        """Starts to write what lies on disk, which is not needed before the next pass."""
+        for segment in self.segments:
+            for buffer in segment.on_disk():
+                disk.let_go(buffer)
+
     def needs_only_host_memory(self, keys: Iterable[str]) -> bool:
         """Whether nothing has to be allocated, and nothing lies on the device, so that it may run beside the program.
 
         Args:
             keys: names of the states that the optimizer keeps.
         """
-        on_host = all(segment.companion_tier is Tier.HOST for segment in self.segments)
+        on_host = not any(segment.updates_on_device for segment in self.segments)
         known = all(scalars is not None for scalars in self.before.values())
         return on_host and known and all(key in s.companions for s in self.segments for key in keys)
 

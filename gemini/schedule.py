@@ -1,0 +1,242 @@
+"""The time model of one training step: what waits for what, and how long it takes.
+
+The walk over a trace (:mod:`gemini.walk`) says which chunk is fetched, dropped or read at which moment; the schedule
+says when that happens. A step begins with the update of the step before, as in a run that goes on and on:
+
+- ``step()`` queues updates chunk by chunk, in forward order; what lies on the device is updated there at once.
+- A fetch waits for its chunk's update, and the program with it; then for the computation issued so far, whose memory it
+  may take; then for the link.
+- A moment's computation waits for the fetches of all that it reads.
+- A gradient leaves when its moment has computed it. Only so many bytes may be on their way: beyond, the program waits.
+- When all have arrived the norm is known, and the next ``step()`` begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from gemini.clock import Clock
+from gemini.device import Device
+from gemini.plan import ChunkFacts
+from gemini.profile import HardwareProfile
+from gemini.segment import Placement
+from gemini.trace import Moment, Trace
+
+_ADDED_BYTES_PER_NUMEL = 10
+"""Host memory traffic of adding a bf16 gradient to an fp32 sum: read both, write one."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One moment's computation.
+
+    Attributes:
+        duration_s: on the device.
+        num_ops: operators that the program issues.
+    """
+
+    duration_s: float
+    num_ops: int
+
+
+def moment_work(facts: list[ChunkFacts], trace: Trace, profile: HardwareProfile) -> list[Work]:
+    """What each moment of a trace costs, from its operators; where nobody counted them, from what it reads."""
+    counted = {phase: any(m.num_ops for m in trace.moments if m.phase == phase) for phase in ("forward", "backward")}
+    forward = {moment.label: moment for moment in trace.moments if moment.phase == "forward"}
+    works = []
+    for moment in trace.moments:
+        if counted.get(moment.phase, True):
+            works.append(_counted(moment, profile, 1))
+        elif counted["forward"] and moment.label in forward:
+            works.append(_counted(forward[moment.label], profile, 2))  # gradients of both factors of each product
+        else:
+            works.append(_from_reads(facts, trace, moment, profile))
+    return works
+
+
+def _counted(moment: Moment, profile: HardwareProfile, times: int) -> Work:
+    duration_s = profile.compute_s(moment.flops, moment.fp32_flops, moment.traffic_bytes)
+    return Work(times * duration_s, times * moment.num_ops)
+
+
+def _from_reads(facts: list[ChunkFacts], trace: Trace, moment: Moment, profile: HardwareProfile) -> Work:
+    num_tokens = max((prod(shape) for shape in trace.batch_shapes), default=1)
+    per_numel = 2 if moment.phase == "forward" else 4
+    duration_s = 0.0
+    for chunk in moment.reads:
+        flops = float(per_numel * num_tokens * (facts[chunk].numel + facts[chunk].others_numel))
+        duration_s += profile.compute_s(*((0.0, flops, 0) if facts[chunk].value_itemsize >= 4 else (flops, 0.0, 0)))
+    return Work(duration_s, 0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step does beside its plan.
+
+    Attributes:
+        num_micro_batches: passes per step.
+        most_bytes_on_way: gradients that may be on their way to the host at a time.
+    """
+
+    num_micro_batches: int = 1
+    most_bytes_on_way: int = Device.most_bytes_on_way
+
+
+@dataclass(frozen=True)
+class _OnWay:
+    """A gradient that has left: when it arrives, and how many of its elements are added to what is there."""
+
+    arrives_s: float
+    num_bytes: int
+    added_numel: int
+
+
+class Schedule:
+    """One step, from its ``step()`` call to the next.
+
+    Args:
+        facts: of all chunks.
+        placements: by chunk index.
+        work: of each moment, from :func:`moment_work`.
+        profile: rates.
+        run: what the step does.
+        draws: keep what happened, for a picture.
+
+    Attributes:
+        clock: how far it has come, and what happened when.
+    """
+
+    def __init__(
+        self,
+        facts: list[ChunkFacts],
+        placements: list[Placement],
+        work: list[Work],
+        profile: HardwareProfile,
+        run: Run,
+        draws: bool = False,
+    ) -> None:
+        self._facts = facts
+        self._placements = placements
+        self._work = work
+        self._run = run
+        self._draws = draws
+        self.clock = Clock(profile, draws)
+        # By chunk: when its update on the host is done, 0 where none is pending; when its values are on the device.
+        self._updated_s = [0.0] * len(facts)
+        self._fetched_s = [0.0] * len(facts)
+        # Gradients that have not been waited for, by chunk, oldest first.
+        self._on_way: dict[int, _OnWay] = {}
+        self._on_way_bytes = 0
+        self._num_passes = 0
+
+    # -- the update of the step before -------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """``step()``: all gradients have arrived."""
+        for fact, placement in zip(self._facts, self._placements, strict=True):
+            if fact.companion_bytes_per_numel:
+                self._update(fact, placement)
+
+    def _update(self, fact: ChunkFacts, placement: Placement) -> None:
+        clock, on_device = self.clock, placement.companion_numel
+        label = self._label(fact.index)
+        if not on_device:
+            self._updated_s[fact.index] = clock.update(fact.numel, label)
+            return
+        clock.compute(clock.profile.device_update_s(on_device), 1, f"update {label}" if label else "")
+        if on_device < fact.numel:  # cut in two: the program carries out both parts
+            clock.update_now(fact.numel - on_device, label)
+        crossing_bytes = max(0, on_device - placement.resident_numel) * fact.value_itemsize
+        if crossing_bytes:
+            clock.wait(clock.copy_out(crossing_bytes, clock.compute_s, label), label)
+        self._bring_values(fact, placement)
+
+    def _bring_values(self, fact: ChunkFacts, placement: Placement) -> None:
+        """New values, made on the host, to where they stay on the device; the program waits."""
+        crossing_bytes = max(0, placement.resident_numel - placement.companion_numel) * fact.value_itemsize
+        if crossing_bytes:
+            label = self._label(fact.index)
+            self.clock.wait(self.clock.copy_in(crossing_bytes, self.clock.compute_s, label), label)
+
+    # -- a pass ------------------------------------------------------------------------------------------------------
+
+    def must_wait(self, chunk: int) -> bool:
+        """Whether a fetch of the chunk would wait for its update now; only where this process owns all of it."""
+        return self._updated_s[chunk] > self.clock.host_s and not self._facts[chunk].others_numel
+
+    def fetch(self, chunk: int) -> None:
+        """The program queues a chunk's values."""
+        self._settle(chunk)
+        fact, clock = self._facts[chunk], self.clock
+        num_bytes = (fact.numel - self._placements[chunk].resident_numel) * fact.value_itemsize
+        self._fetched_s[chunk] = clock.copy_in(num_bytes, clock.compute_s, self._label(chunk))
+
+    def _settle(self, chunk: int) -> None:
+        """The program waits for a chunk's update, and for gradients of an earlier micro-batch that are on their way."""
+        if chunk in self._on_way:
+            self._settle_arrival(chunk)
+        updated_s, self._updated_s[chunk] = self._updated_s[chunk], 0.0
+        if updated_s:
+            self.clock.wait(updated_s, self._label(chunk))
+            self._bring_values(self._facts[chunk], self._placements[chunk])
+
+    def compute(self, position: int, moment: Moment) -> None:
+        """A moment's computation, its chunks having been fetched."""
+        clock = self.clock
+        for chunk in moment.reads:
+            if self._updated_s[chunk]:  # values that stay on the device
+                self._settle(chunk)
+            clock.compute_waits(self._fetched_s[chunk])
+        work = self._work[position]
+        clock.compute(work.duration_s, work.num_ops, f"{moment.phase} {moment.label}" if self._draws else "")
+
+    def send(self, moment: Moment, resident: list[bool]) -> None:
+        """The gradients that a moment has completed leave.
+
+        Args:
+            moment: whose they are.
+            resident: by chunk, whether it is used where it lies.
+        """
+        for chunk in moment.gradients:
+            fact = self._facts[chunk]
+            numel = fact.numel - self._placements[chunk].companion_numel
+            if not fact.companion_bytes_per_numel or not numel:
+                continue
+            num_bytes = numel * fact.value_itemsize
+            arrives_s = self.clock.copy_out(num_bytes, self.clock.compute_s, self._label(chunk))
+            if chunk in self._on_way:
+                self._settle_arrival(chunk)
+            self._on_way[chunk] = _OnWay(arrives_s, num_bytes, numel if self._num_passes else 0)
+            self._on_way_bytes += num_bytes
+            if resident[chunk]:  # what it comes from is autograd's, and goes
+                self._settle_arrival(chunk)
+            while self._on_way_bytes > self._run.most_bytes_on_way:
+                self._settle_arrival(next(iter(self._on_way)))
+
+    def _settle_arrival(self, chunk: int) -> None:
+        arrival = self._on_way.pop(chunk)
+        self._on_way_bytes -= arrival.num_bytes
+        label = self._label(chunk)
+        self.clock.wait(arrival.arrives_s, label)
+        if arrival.added_numel:
+            self.clock.touch_host_memory(arrival.added_numel * _ADDED_BYTES_PER_NUMEL, label)
+
+    def end_pass(self) -> None:
+        """Backward is over."""
+        self._num_passes += 1
+
+    def end(self) -> None:
+        """The program waits for all gradients and for their norm."""
+        while self._on_way:
+            self._settle_arrival(next(iter(self._on_way)))
+        self.clock.wait(self.clock.compute_s, "norm")
+        if self._run.num_micro_batches > 1:  # the norm of sums, which lie on the host
+            num_bytes = sum(
+                (f.numel - p.companion_numel) * f.gradient_itemsize
+                for f, p in zip(self._facts, self._placements, strict=True)
+            )
+            self.clock.touch_host_memory(num_bytes, "norm")
+
+    def _label(self, chunk: int) -> str:
+        return f"{self._facts[chunk].unit_name} #{chunk}" if self._draws else ""

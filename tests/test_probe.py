@@ -1,0 +1,200 @@
+"""Measuring a machine, keeping what was measured, and cards by their data sheets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from gemini.device import HostDevice
+from gemini.probe import cache_path, cached_profile, keep_profile, machine_key, probe, probed_profile
+from gemini.profile import NAMED, HardwareProfile, named_profile, neighbours
+from gemini.simulated import SimulatedDevice, StreamOrder
+from zero.cli.main import main
+from zero.probing import host_update, measured_profile, slowest
+from zero.world import join
+
+Output = pytest.CaptureFixture[str]
+_RATES = [field.name for field in dataclasses.fields(HardwareProfile) if "_per_s" in field.name]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that this machine's user has measured counts, nor is any of it changed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+
+def check(profile: HardwareProfile) -> None:
+    """Every figure is there, and possible."""
+    assert profile.measured
+    for name in (*_RATES, "launch_s"):
+        figure = getattr(profile, name)
+        assert math.isfinite(figure), name
+        assert figure > 0, name
+    assert 1e7 < profile.host_dram_bytes_per_s < 1e13
+    assert 1e6 < profile.host_update_numel_per_s < 1e12
+    assert profile.both_bytes_per_s <= min(profile.h2d_bytes_per_s, profile.d2h_bytes_per_s)
+
+
+class TestProbe:
+    @pytest.mark.parametrize("order", [*StreamOrder, None])
+    def test_any_device_is_measured_and_left_as_it_was(self, order: StreamOrder | None) -> None:
+        device = HostDevice() if order is None else SimulatedDevice(64 << 20, order)
+        profile = probe(device)
+        check(profile)
+        assert device.model_data_bytes == 0
+        assert profile.capacity_bytes == device.capacity_bytes
+        device.close()
+
+    def test_a_small_device_is_measured_with_what_it_has(self) -> None:
+        device = SimulatedDevice(1 << 20)
+        check(probe(device))
+        assert device.lifetime_peaks().device_bytes <= 1 << 20
+        device.close()
+
+    def test_the_update_that_is_given_is_measured(self) -> None:
+        asked = []
+
+        def update(numel: int) -> object:
+            asked.append(numel)
+            buffer = torch.zeros(numel)
+            return lambda: buffer.add_(1)
+
+        check(probe(HostDevice(), update))  # type: ignore[arg-type]
+        assert len(asked) == 1
+
+    def test_the_optimizers_update_changes_weights(self) -> None:
+        host_update(1000)()
+
+
+class TestCache:
+    def test_what_was_measured_is_known_the_next_time(self) -> None:
+        device = HostDevice()
+        first = probed_profile(device)
+        assert probed_profile(device) == first
+        assert list(json.loads(cache_path().read_text())["machines"]) == [machine_key(device)]
+        assert probed_profile(device, note="4 together") != first
+        assert probed_profile(device) == first
+
+    def test_another_number_of_threads_is_another_machine(self) -> None:
+        device = HostDevice()
+        key = machine_key(device)
+        torch.set_num_threads(2)
+        assert machine_key(device) != key
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "{",
+            "[]",
+            '"machines"',
+            '{"machines": 3}',
+            '{"machines": {"KEY": 7}}',
+            '{"machines": {"KEY": {}}}',
+            '{"machines": {"KEY": {"measured": true, "h2d_bytes_per_s": -1}}}',
+            '{"machines": {"KEY": {"measured": true, "h2d_bytes_per_s": "fast"}}}',
+            '{"machines": {"KEY": {"measured": true, "no_such_rate": 1.0}}}',
+            "\\u0000\\ud800",
+        ],
+    )
+    def test_a_damaged_file_is_no_answer_and_is_replaced(self, text: str) -> None:
+        device = HostDevice()
+        key = machine_key(device)
+        cache_path().parent.mkdir(parents=True)
+        cache_path().write_text(text.replace("KEY", key))
+        assert cached_profile(key) is None
+        profile = dataclasses.replace(HardwareProfile(), measured=True)
+        keep_profile(key, profile)
+        assert cached_profile(key) == profile
+
+    def test_a_folder_that_cannot_be_written_to_is_no_error(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        keep_profile("key", HardwareProfile())
+        assert cached_profile("key") is None
+
+    def test_what_others_measured_stays(self) -> None:
+        keep_profile("one", dataclasses.replace(HardwareProfile(), measured=True))
+        keep_profile("two", dataclasses.replace(HardwareProfile(), measured=True))
+        assert cached_profile("one") is not None
+
+
+def measure_together() -> tuple[HardwareProfile, HardwareProfile]:
+    """What a rank finds, the first time and the second."""
+    world = join(60.0)
+    return measured_profile(HostDevice(), world), measured_profile(HostDevice(), world)
+
+
+def test_ranks_measure_at_the_same_time_and_agree() -> None:
+    (first, again), (other, other_again) = run_ranks(measure_together, 2)
+    check(first)
+    assert first == other
+    assert again == other_again
+    for name in _RATES:
+        assert getattr(again, name) > 0
+
+
+def test_the_slowest_of_each_counts() -> None:
+    one = dataclasses.replace(HardwareProfile(), h2d_bytes_per_s=1.0, launch_s=1.0)
+    two = dataclasses.replace(HardwareProfile(), d2h_bytes_per_s=2.0, launch_s=3.0)
+    both = slowest([one, two])
+    assert (both.h2d_bytes_per_s, both.d2h_bytes_per_s, both.launch_s) == (1.0, 2.0, 3.0)
+
+
+class TestCards:
+    def test_every_card_says_that_nobody_measured_it(self) -> None:
+        for name, card in NAMED.items():
+            assert named_profile(name) is card
+            assert card.name == name
+            assert not card.measured
+            assert "published figures, not measured" in card.source
+            assert card.capacity_bytes > 1 << 30
+            assert all(getattr(card, rate) > 0 for rate in _RATES)
+
+    @pytest.mark.parametrize(("given", "meant"), [("rtx309", "rtx3090"), ("H100", "h100"), ("a100-40", "a100-40gb")])
+    def test_a_near_miss_is_refused_with_the_name_that_was_meant(self, given: str, meant: str) -> None:
+        with pytest.raises(ValueError, match=f"did you mean {meant}"):
+            named_profile(given)
+
+    def test_neighbours_are_by_memory(self) -> None:
+        smaller, larger = neighbours(NAMED["a100-40gb"])
+        assert smaller is not None
+        assert larger is not None
+        assert smaller.capacity_bytes < NAMED["a100-40gb"].capacity_bytes < larger.capacity_bytes
+        assert neighbours(NAMED["h200"])[1] is None
+
+
+class TestCommand:
+    def test_the_table(self, capsys: Output) -> None:
+        assert main(["probe", "--device.type", "cpu"]) == 0
+        said = capsys.readouterr().out
+        for what in ("host to device", "both at once", "host memory", "AdamW on the host", "matrix products, bf16"):
+            assert what in said
+        assert "--again" in said
+
+    def test_json_has_every_figure_in_plain_numbers(self, capsys: Output) -> None:
+        assert main(["probe", "--json", "--device.type", "cpu"]) == 0
+        first = capsys.readouterr().out
+        check(HardwareProfile(**json.loads(first)))
+        assert main(["probe", "--json", "--device.type", "cpu"]) == 0
+        assert capsys.readouterr().out == first, "known from the first time"
+
+    @pytest.mark.parametrize("words", [["--train.max_steps", "3"], ["--device.type", "cud"], ["--agian"]])
+    def test_bad_words_are_refused(self, words: list[str], capsys: Output) -> None:
+        assert main(["probe", *words]) == 2
+        assert capsys.readouterr().err
+
+    def test_the_config_takes_a_card_by_name(self, capsys: Output) -> None:
+        assert main(["validate", "--device.profile", "rtx3090"]) == 0
+        assert 'profile = "rtx3090"' in capsys.readouterr().out
+        assert main(["validate", "--device.profile", "rtx309"]) == 2
+        assert "did you mean rtx3090?" in capsys.readouterr().err

@@ -1,0 +1,269 @@
+"""How fast a run will be on a machine that need not be there, what holds it back, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from gemini.clock import COMPUTE, IN, ISSUE, OUT, UPDATE, Clock
+from gemini.hostinfo import host_memory
+from gemini.plan import ChunkFacts
+from gemini.policy import Policy
+from gemini.profile import HardwareProfile
+from gemini.schedule import Run
+from gemini.segment import Placement
+from gemini.timeline import Prediction, replay, required_bytes
+from gemini.trace import Moment, Trace
+from zero.config.schema import Config
+from zero.planning import DryRun, PlannedRun, decide
+
+_WORTH = 1.02
+"""A change that gains less than this is not worth a line."""
+_MOST_CHANGES = 4
+_MOST_ROWS = 1 << 14
+_LIMITS = {
+    COMPUTE: "computing on the device",
+    IN: "the link to the device",
+    OUT: "the link to the host",
+    UPDATE: "updates on the host (memory bandwidth)",
+    ISSUE: "issuing operators (small batches)",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is forecast for.
+
+    Attributes:
+        profile: its rates.
+        capacity_bytes: of each device.
+        host_bytes: memory of the host that the run may take.
+        num_ranks: processes, each with a device.
+        num_local_ranks: of them on one machine.
+    """
+
+    profile: HardwareProfile
+    capacity_bytes: int
+    host_bytes: int
+    num_ranks: int = 1
+    num_local_ranks: int = 1
+
+    @property
+    def shared_profile(self) -> HardwareProfile:
+        """Rates of one rank, where several share the host's memory and cores; measured ones are of all at once."""
+        if self.num_local_ranks == 1 or self.profile.measured:
+            return self.profile
+        return replace(
+            self.profile,
+            host_dram_bytes_per_s=self.profile.host_dram_bytes_per_s / self.num_local_ranks,
+            host_update_numel_per_s=self.profile.host_update_numel_per_s / self.num_local_ranks,
+        )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of one config on one machine.
+
+    Attributes:
+        planned: where everything is; without a plan it does not fit.
+        step_s: from one update to the next; 0 if it does not fit.
+        num_tokens: of a step, over all ranks.
+        limits: what takes time, and how many seconds of a step it works, the busiest first.
+    """
+
+    planned: PlannedRun
+    step_s: float
+    num_tokens: int
+    limits: list[tuple[str, float]]
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is a plan."""
+        return self.planned.plan is not None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over all ranks."""
+        return self.num_tokens / self.step_s if self.step_s else 0.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that could be changed in the config.
+
+    Attributes:
+        key: such as ``train.per_device_train_batch_size``.
+        value: it would get.
+        forecast: with it.
+        note: what it means beside the speed.
+    """
+
+    key: str
+    value: str
+    forecast: Forecast
+    note: str = ""
+
+
+def policy_of(config: Config, machine: Machine) -> Policy:
+    """The config's policy on a machine."""
+    memory = config.memory
+    return Policy(
+        memory.policy,
+        memory.resident_parameters,
+        memory.resident_optimizer,
+        machine.shared_profile,
+        None if memory.prefetch == "auto" else memory.prefetch,
+        Run(config.train.gradient_accumulation_steps),
+    )
+
+
+def forecast(config: Config, dry: DryRun, machine: Machine) -> Forecast:
+    """What will become of a config on a machine.
+
+    Args:
+        config: of the run.
+        dry: of it.
+        machine: that it is for.
+    """
+    policy = policy_of(config, machine)
+    return _forecast(config, policy, dry, machine, config.train.per_device_train_batch_size)
+
+
+def _forecast(config: Config, policy: Policy, dry: DryRun, machine: Machine, num_rows: int) -> Forecast:
+    planned = decide(config, policy, dry, machine.capacity_bytes, machine.host_bytes, machine.num_local_ranks)
+    num_tokens = num_rows * config.data.seq_length * policy.run.num_micro_batches * machine.num_ranks
+    if planned.plan is None:
+        return Forecast(planned, 0.0, num_tokens, [])
+    busy_s = planned.plan.predicted_busy_s
+    limits = sorted(((name, busy_s[lane]) for lane, name in _LIMITS.items()), key=lambda pair: -pair[1])
+    return Forecast(planned, planned.plan.predicted_step_s, num_tokens, limits)
+
+
+def schedule_of(config: Config, dry: DryRun, machine: Machine, found: Forecast) -> Clock:
+    """When everything happens in one step of a forecast that fits, for a picture."""
+    plan = found.planned.require()
+    policy = policy_of(config, machine)
+    prediction: Prediction = replay(
+        dry.facts,
+        plan.placements,
+        dry.trace,
+        machine.capacity_bytes,
+        policy.profile,
+        prefetch_depth=plan.prefetch_depth,
+        run=policy.run,
+        draws=True,
+    )
+    return prediction.clock
+
+
+# -- what would help -------------------------------------------------------------------------------------------------
+
+
+def changes(config: Config, dry: DryRun, machine: Machine, now: Forecast) -> list[Change]:
+    """The neighbours of a config that are predicted to be faster, the best first; what makes it fit, if it does not.
+
+    Args:
+        config: of the run.
+        dry: of it, with its variants.
+        machine: that it is for.
+        now: its forecast.
+    """
+    found = [change for change in _neighbours(config, dry, machine) if change.forecast.fits]
+    better = [change for change in found if change.forecast.tokens_per_s > now.tokens_per_s * _WORTH]
+    return sorted(better, key=lambda change: -change.forecast.tokens_per_s)[:_MOST_CHANGES]
+
+
+def _neighbours(config: Config, dry: DryRun, machine: Machine) -> Iterator[Change]:
+    train, policy = config.train, policy_of(config, machine)
+    rows = train.per_device_train_batch_size
+    if dry.double is not None:
+        doubled = _forecast(config, policy, replace(dry, trace=dry.double), machine, 2 * rows)
+        yield Change(
+            "train.per_device_train_batch_size", str(2 * rows), doubled, "another batch, unless you accumulate less"
+        )
+    if dry.double is not None and rows > 1:
+        halved = replace(dry, trace=scaled_trace(dry.trace, dry.double, 0.5))
+        less = _forecast(config, policy, halved, machine, rows // 2)
+        yield Change("train.per_device_train_batch_size", str(rows // 2), less, "smaller batch")
+    steps = train.gradient_accumulation_steps
+    accumulating = replace(policy, run=replace(policy.run, num_micro_batches=2 * steps))
+    summed = replace(dry, facts=[_with_sums(fact) for fact in dry.facts])
+    more = _forecast(config, accumulating, summed, machine, rows)
+    yield Change("train.gradient_accumulation_steps", str(2 * steps), more, "twice the tokens a step")
+    if dry.other_checkpointing is not None:
+        is_off = train.checkpointing == "off"
+        other = _forecast(config, policy, replace(dry, trace=dry.other_checkpointing), machine, rows)
+        note = "computes the forward twice, to save memory" if is_off else "keeps more activations on the device"
+        yield Change("train.gradient_checkpointing", "true" if is_off else "false", other, note)
+    if policy.name != "auto":
+        yield Change("memory.policy", '"auto"', _forecast(config, replace(policy, name="auto"), dry, machine, rows))
+    if policy.prefetch_depth is not None:
+        chosen = _forecast(config, replace(policy, prefetch_depth=None), dry, machine, rows)
+        yield Change("memory.prefetch", '"auto"', chosen)
+
+
+def _with_sums(fact: ChunkFacts) -> ChunkFacts:
+    """The same chunk where gradients are summed over micro-batches, in fp32."""
+    if not fact.companion_bytes_per_numel or fact.gradient_itemsize == 4:
+        return fact
+    more = 4 - fact.gradient_itemsize
+    return replace(fact, gradient_itemsize=4, companion_bytes_per_numel=fact.companion_bytes_per_numel + more)
+
+
+# -- how many rows ---------------------------------------------------------------------------------------------------
+
+_LINEAR = (
+    "non_model_peak_bytes",
+    "gathered_peak_bytes",
+    "both_peak_bytes",
+    "flops",
+    "fp32_flops",
+    "traffic_bytes",
+)
+"""Figures of a moment that grow with the rows of a micro-batch by the same amount for each."""
+
+
+def scaled_trace(trace: Trace, double: Trace, factor: float) -> Trace:
+    """The trace of ``factor`` times the rows, by the line through one and two times."""
+    if not trace.same_shape(double):
+        return trace
+    moments = [_scaled_moment(one, two, factor) for one, two in zip(trace.moments, double.moments, strict=True)]
+    return replace(trace, moments=moments)
+
+
+def _scaled_moment(one: Moment, two: Moment, factor: float) -> Moment:
+    kinds = {field.name: field.type for field in fields(Moment)}
+    figures = {}
+    for name in _LINEAR:
+        first, second = getattr(one, name), getattr(two, name)
+        value = max(0.0, first + (factor - 1) * (second - first))
+        figures[name] = value if kinds[name] == "float" else round(value)
+    return replace(one, **figures)
+
+
+def most_rows(config: Config, dry: DryRun, machine: Machine) -> int:
+    """The largest micro-batch that the device has room for under policy ``auto``; 0 if not even one row.
+
+    By a line through the config's own micro-batch and one of twice the rows: the true figure is this or next to it.
+    """
+    if dry.double is None:
+        return 0
+    rows = config.train.per_device_train_batch_size
+    offloaded = [Placement() for _ in dry.facts]
+
+    def fits(num_rows: int) -> bool:
+        trace = scaled_trace(dry.trace, dry.double or dry.trace, num_rows / rows)
+        return required_bytes(dry.facts, offloaded, trace, with_margin=True) <= machine.capacity_bytes
+
+    low, high = 0, 1
+    while high <= _MOST_ROWS and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def host_bytes_of(config: Config) -> int:
+    """Memory of the host that a forecast may use: what the config says, else what is free here."""
+    return config.memory.host or host_memory().available_bytes

@@ -1,0 +1,108 @@
+"""What the machine of a run can do: measured once, by all ranks at the same time, and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from gemini.device import AcceleratorDevice, Device
+from gemini.exchange import ALONE, Exchange
+from gemini.probe import cached_profile, keep_profile, machine_key, probe
+from gemini.profile import HardwareProfile, named_profile
+from gemini.simulated import SimulatedDevice
+from zero.config.schema import Config
+from zero.sharding import RankExchange
+from zero.world import World
+
+logger = logging.getLogger("zero")
+
+
+def profile_of(config: Config, device: Device, exchange: Exchange = ALONE) -> HardwareProfile:
+    """Rates that plans for a device are made with: of the card that the config names, else of an accelerator what is
+    measured, else fixed ones.
+
+    Args:
+        config: of the run.
+        device: it uses.
+        exchange: with the other ranks, who all come here.
+    """
+    if isinstance(device, SimulatedDevice) and device.clock is not None:
+        return device.clock.profile
+    if config.device.profile != "auto":
+        return named_profile(config.device.profile)
+    if not isinstance(device, AcceleratorDevice):
+        return HardwareProfile()
+    return measured_profile(device, exchange.world if isinstance(exchange, RankExchange) else None)
+
+
+def measured_profile(device: Device, world: World | None = None, again: bool = False) -> HardwareProfile:
+    """What this machine can do: known from before, or measured now.
+
+    Args:
+        device: to be measured.
+        world: the ranks, who all come here and measure at the same time, since they share links and host memory.
+        again: measure now, whatever is known.
+    """
+    num_local = 1 if world is None else world.place.local_size
+    key = machine_key(device, f"{num_local} together")
+    found = None if again else cached_profile(key)
+    if world is not None and world.size > 1:
+        return _together(device, world, key, found)
+    if found is not None:
+        return found
+    try:
+        found = probe(device, host_update)
+    except RuntimeError as error:  # a device that others have filled: a guess is better than no run
+        logger.warning("this machine could not be measured, plans are made with assumed rates: %s", error)
+        return HardwareProfile()
+    keep_profile(key, found)
+    return found
+
+
+def _together(device: Device, world: World, key: str, found: HardwareProfile | None) -> HardwareProfile:
+    """The slowest rank's figures: all ranks must make the same plan."""
+    with world.operation("measuring the machine"):
+        if not all(world.all_gather_object(found is not None)):
+            found = probe(device, host_update, lambda: dist.barrier(group=world.control))
+            if world.place.local_rank == 0:
+                keep_profile(key, found)
+        said = world.all_gather_object(dataclasses.asdict(found) if found is not None else {})
+    return slowest([HardwareProfile(**figures) for figures in said])
+
+
+def slowest(profiles: list[HardwareProfile]) -> HardwareProfile:
+    """The lowest of each rate, and the longest of each time."""
+    rates = [field.name for field in dataclasses.fields(HardwareProfile) if "_per_s" in field.name]
+    lowest = {name: min(getattr(profile, name) for profile in profiles) for name in rates}
+    return dataclasses.replace(
+        profiles[0],
+        launch_s=max(profile.launch_s for profile in profiles),
+        capacity_bytes=min(profile.capacity_bytes for profile in profiles),
+        **lowest,
+    )
+
+
+def host_update(numel: int) -> Callable[[], None]:
+    """AdamW with a bf16 gradient in and bf16 weights out, as a run would carry it out on the host."""
+    from zero.optim.native import load_native
+
+    master, mean, square = (torch.zeros(numel) for _ in range(3))
+    gradient, out = (torch.zeros(numel, dtype=torch.bfloat16) for _ in range(2))
+    kernel = load_native()
+    if kernel is not None:
+        return lambda: kernel.adamw(
+            master, mean, square, gradient, out, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, step=1
+        )
+    parameter = torch.nn.Parameter(master)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
+
+    def update() -> None:
+        parameter.grad = gradient.float()
+        optimizer.step()
+        out.copy_(parameter.detach())
+
+    return update

@@ -1,0 +1,60 @@
+"""From config, model and optimizer to what carries out the updates."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from gemini.device import Device
+from gemini.jobs import HostQueue
+from gemini.plan import ChunkFacts
+from zero.config.schema import Config
+from zero.optim.chunked import ZeroOptimizer
+from zero.optim.elementwise import temporary_bytes_per_numel
+from zero.optim.native import NativeKernel
+from zero.optim.update import ChunkUpdater, device_piece_numel, step_bytes
+from zero.setup import Managed
+
+
+def make_updater(
+    optimizer: torch.optim.Optimizer, managed: Managed, config: Config, queue: HostQueue, kernel: NativeKernel | None
+) -> ChunkUpdater:
+    """What updates a model's chunks.
+
+    Args:
+        optimizer: the user's.
+        managed: the model.
+        config: of the run.
+        queue: takes updates that run beside the program.
+        kernel: the native one, or None for torch's arithmetic.
+    """
+    manager = managed.manager
+    updater = ChunkUpdater(
+        optimizer,
+        manager.store,
+        manager.transfer,
+        queue,
+        kernel,
+        device_piece_numel=device_piece_numel(manager.device.capacity_bytes),
+        early_bytes=_early_bytes(config, queue, managed.facts, managed.spare_host_bytes),
+    )
+    manager.gradients_are_there = updater.early.gradients_are_there
+    return updater
+
+
+def update_bytes(optimizer: torch.optim.Optimizer, facts: list[ChunkFacts], device: Device) -> int:
+    """Temporaries of an update on the device, where companions lie on it."""
+    return step_bytes(facts, temporary_bytes_per_numel(optimizer), device.capacity_bytes)
+
+
+def updates_allowed(optimizer: ZeroOptimizer | None, factor: float | None) -> contextlib.AbstractContextManager[None]:
+    """A context in which updates begin as gradients come, which will be multiplied by ``factor`` (None: not known)."""
+    return contextlib.nullcontext() if optimizer is None else optimizer.updater.early.allowed(factor)
+
+
+def _early_bytes(config: Config, queue: HostQueue, facts: list[ChunkFacts], spare_host_bytes: int) -> int:
+    """Host memory for what updates inside backward overwrite: none where they cannot run beside it."""
+    if config.train.max_grad_norm is not None or not config.optimizer.early or not queue.runs_beside:
+        return 0
+    return max(0, min(spare_host_bytes // 2, sum(fact.companion_bytes for fact in facts)))
