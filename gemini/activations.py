@@ -89,6 +89,10 @@ class Activations:
         store: gives host memory, which is kept for the next pass.
         transfer: carries it.
         least_bytes: smaller tensors stay on the device.
+
+    Attributes:
+        before: what was saved last, and comes back when what is saved next has been taken; micro-batches that take turns
+            have one each.
     """
 
     def __init__(self, store: Store, transfer: Transfer, least_bytes: int) -> None:
@@ -97,11 +101,12 @@ class Activations:
         self._least_bytes = least_bytes
         self._free: dict[tuple[int, torch.dtype], list[_Slot]] = {}
         self._last: weakref.ref[SavedOnHost] | None = None
+        self.before: weakref.ref[SavedOnHost] | None = None
         self._num_pass = 0
 
     def begin_pass(self) -> None:
         """What is saved from now on is wanted by another backward; buffers that the last pass had no use for go."""
-        self._last = None
+        self._last = self.before = None
         self._drop(self._num_pass)
         self._num_pass += 1
 
@@ -109,11 +114,11 @@ class Activations:
         """Sends a tensor to the host; None if it is to stay where it is."""
         if saved.nbytes < self._least_bytes or not saved.is_floating_point() or not saved.is_contiguous():
             return None
-        before = self._last() if self._last is not None else None
-        if before is not None:
-            before.wait_gone()
-        on_host = SavedOnHost(self, saved, before)
-        self._last = weakref.ref(on_host)
+        last = self._last() if self._last is not None else None
+        if last is not None:
+            last.wait_gone()
+        on_host = SavedOnHost(self, saved, self.before() if self.before is not None else None)
+        self._last = self.before = weakref.ref(on_host)
         return on_host
 
     def slot(self, saved: torch.Tensor) -> _Slot:

@@ -8,7 +8,7 @@ at once. A chunk whose values are wholly resident uses that resident buffer as i
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -304,18 +304,22 @@ class Chunk(Holdings):
 
     def deliver(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
         """Sends a gradient straight to its owner, without a slot (the chunk is free, or resident)."""
-        entry, first = tensor.entry, not tensor.has_gradient
-        if not self.shard.is_whole:
-            with torch.no_grad():
-                self._exchange.reduce(self, [(entry.offset, flat_gradient(gradient, entry.spec))])
-            tensor.has_gradient = True
-            return
-        reserve(self.segments, self._store, entry.offset, entry.stop, gradient.dtype, first)
         with torch.no_grad():
-            flat = flat_gradient(gradient, entry.spec)
-        self.expect(send(self.segments, self._store, self._transfer, entry.offset, flat, first))
+            self.deliver_all({tensor: flat_gradient(gradient, tensor.entry.spec)})
         self.settle_arrivals()  # the gradient's memory is autograd's: it goes when this returns
-        tensor.has_gradient = True
+
+    def deliver_all(self, gradients: Mapping[ChunkTensor, torch.Tensor]) -> None:
+        """Sends flat gradients without a slot; they must be kept until :meth:`settle_arrivals`."""
+        if not self.shard.is_whole:
+            self._send_to_owners(gradients, [(t.entry.offset, flat) for t, flat in gradients.items()])
+            return
+        segments = self.segments
+        for tensor, flat in gradients.items():
+            start, stop = tensor.entry.offset, tensor.entry.stop
+            reserve(segments, self._store, start, stop, flat.dtype, not tensor.has_gradient)
+        for tensor, flat in gradients.items():
+            first, tensor.has_gradient = not tensor.has_gradient, True
+            self.expect(send(segments, self._store, self._transfer, tensor.entry.offset, flat, first))
 
     def _send(self, tensors: Sequence[ChunkTensor]) -> None:
         """Sends gradients out of their slots, neighbours in one copy. All or, where memory lacks, none.
@@ -323,7 +327,8 @@ class Chunk(Holdings):
         They are on their way when this returns; the slots may be given back, not written.
         """
         if not self.shard.is_whole:
-            self._send_to_owners(tensors)
+            owned = joined([tensor.entry for tensor in tensors])
+            self._send_to_owners(tensors, [(start, self.buffer[start:stop]) for start, stop in owned])
             return
         self.settle_update()
         if any(tensor.has_gradient for tensor in tensors):
@@ -345,11 +350,9 @@ class Chunk(Holdings):
             for tensor in run:
                 tensor.has_gradient = True
 
-    def _send_to_owners(self, tensors: Sequence[ChunkTensor]) -> None:
-        if not tensors:
-            return
-        runs = joined([tensor.entry for tensor in tensors])
-        self._exchange.reduce(self, [(start, self.buffer[start:stop]) for start, stop in runs])
+    def _send_to_owners(self, tensors: Collection[ChunkTensor], runs: list[tuple[int, torch.Tensor]]) -> None:
+        if tensors:
+            self._exchange.reduce(self, runs)
         for tensor in tensors:
             tensor.has_gradient = True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,7 +48,7 @@ class DryDevice(Device):
         self.capacity_bytes = 1 << 62
         self._tracker = DryTracker(self._note_peak)
         self._tracker.on_work = self.work.add
-        self._depth = 0
+        self._activities = threading.local()
         self._peak_bytes = 0
 
     def _note_peak(self, num_bytes: int) -> None:
@@ -89,12 +90,13 @@ class DryDevice(Device):
     @contextlib.contextmanager
     def activity(self) -> Iterator[None]:
         """Counts storages made inside."""
-        self._depth += 1
+        depth = getattr(self._activities, "depth", 0)
+        self._activities.depth = depth + 1
         try:
-            with self._tracker if self._depth == 1 else contextlib.nullcontext():
+            with self._tracker if not depth else contextlib.nullcontext():
                 yield
         finally:
-            self._depth -= 1
+            self._activities.depth = depth
 
     @contextlib.contextmanager
     def bookkeeping(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ from gemini.plan import Plan
 from gemini.recorder import MomentListener, Recorder
 from gemini.state import Move, TensorState
 from gemini.store import Kind, Store, Tier
+from gemini.sums import GradientSums
 from gemini.tensor import ChunkTensor
 from gemini.trace import Moment, Trace
 from gemini.transfer import Transfer
@@ -87,6 +88,7 @@ class Manager:
         self.num_gradients = 0
         self.all_shown = False
         self.gradients_are_there: Callable[[Chunk], None] = lambda chunk: None
+        self.sums: GradientSums | None = None
 
     @property
     def trace(self) -> Trace | None:
@@ -192,6 +194,16 @@ class Manager:
                 self._scopes[-1].held[tensor] = None
         if not self._scopes:
             self._gathered.give_way()
+
+    def swap_scopes(self, scopes: list[Scope]) -> list[Scope]:
+        """Another forward pass of several goes on, in whose modules these are held; returns those of the one so far."""
+        self._scopes, before = scopes, self._scopes
+        self.phase = Phase.FORWARD
+        return before
+
+    def drop_scopes(self) -> None:
+        """The forward pass that runs has broken off."""
+        self._end_all_scopes()
 
     def _end_all_scopes(self) -> None:
         for scope in self._scopes:
@@ -312,10 +324,24 @@ class Manager:
             self._end_holds(holds.hard)
         self._units.clear()
 
+    def end_part(self, last: bool) -> None:
+        """One micro-batch's backward through a part of the model is over; ``last`` of all that go through it in turn."""
+        self._end_all_backward()
+        if self.sums is None:
+            raise RuntimeError("a part of a backward pass ended outside a window")
+        self.sums.end_micro_batch()
+        for tensor in self.sums.finish() if last else ():
+            if self.recorder.note_gradient(tensor) and tensor.chunk.droppable:
+                self._gathered.drop(tensor.chunk)
+        self._gathered.give_way()
+
     def take_gradient(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
         """A parameter's gradient of this backward pass is complete."""
         self.num_gradients += 1
         chunk = tensor.chunk
+        if self.sums is not None:
+            self.sums.add(tensor, gradient)
+            return
         if not chunk.takes_slots or tensor.state is TensorState.READY_FOR_REDUCE:
             with self.device.bookkeeping():
                 chunk.deliver(tensor, gradient)

@@ -14,14 +14,13 @@ says when that happens. A step begins with the update of the step before, as in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from gemini.clock import Clock
 from gemini.device import Device
 from gemini.plan import ChunkFacts
 from gemini.profile import HardwareProfile
 from gemini.segment import Placement
-from gemini.trace import Moment, Trace
+from gemini.trace import Moment, Trace, num_elements
 
 _ADDED_BYTES_PER_NUMEL = 10
 """Host memory traffic of adding a bf16 gradient to an fp32 sum: read both, write one."""
@@ -61,7 +60,7 @@ def _counted(moment: Moment, profile: HardwareProfile, times: int) -> Work:
 
 
 def _from_reads(facts: list[ChunkFacts], trace: Trace, moment: Moment, profile: HardwareProfile) -> Work:
-    num_tokens = max((prod(shape) for shape in trace.batch_shapes), default=1)
+    num_tokens = max(map(num_elements, trace.batch_shapes), default=1)
     per_numel = 2 if moment.phase == "forward" else 4
     duration_s = 0.0
     for chunk in moment.reads:
@@ -77,10 +76,17 @@ class Run:
     Attributes:
         num_micro_batches: passes per step.
         most_bytes_on_way: gradients that may be on their way to the host at a time.
+        in_one_pass: the micro-batches go through the model layer by layer, in one pass; sums leave, in fp32.
     """
 
     num_micro_batches: int = 1
     most_bytes_on_way: int = Device.most_bytes_on_way
+    in_one_pass: bool = False
+
+    @property
+    def num_passes(self) -> int:
+        """Over the trace."""
+        return 1 if self.in_one_pass else self.num_micro_batches
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ class Schedule:
             numel = fact.numel - self._placements[chunk].companion_numel
             if not fact.companion_bytes_per_numel or not numel:
                 continue
-            num_bytes = numel * fact.value_itemsize
+            num_bytes = numel * (4 if self._run.in_one_pass else fact.value_itemsize)
             arrives_s = self.clock.copy_out(num_bytes, self.clock.compute_s, self._label(chunk))
             if chunk in self._on_way:
                 self._settle_arrival(chunk)

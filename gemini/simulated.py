@@ -247,7 +247,7 @@ class SimulatedDevice(Device):
         self._streams: list[SimulatedStream] = []
         self._queues: list[SimulatedQueue] = []
         self._tracker = StorageTracker(self._admit, guard_reads=True)
-        self._activity_depth = 0
+        self._activities = threading.local()  # how many are nested; dispatch modes are per thread, too
         self._updates = False
         self._peak_bytes = 0
         _BackwardWatch.add(self)
@@ -403,16 +403,14 @@ class SimulatedDevice(Device):
     @contextlib.contextmanager
     def activity(self) -> Iterator[None]:
         """Tensors made inside count against the capacity. May be nested."""
-        self._activity_depth += 1
+        depth = getattr(self._activities, "depth", 0)
+        self._activities.depth = depth + 1
         self._tracker.on_work = self._reckon if self.counts_work or self.clock is not None else None
         try:
-            if self._activity_depth == 1:
-                with self._tracker:
-                    yield
-            else:
+            with self._tracker if not depth else contextlib.nullcontext():
                 yield
         finally:
-            self._activity_depth -= 1
+            self._activities.depth = depth
 
     def bookkeeping(self) -> contextlib.AbstractContextManager[None]:
         """Nothing made inside counts as activations."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gemini.clock import Clock
 from gemini.plan import ChunkFacts, Plan, persistent_bytes
@@ -180,7 +180,7 @@ def time_step(
     draws: bool = False,
 ) -> TimedStep:
     """The part of :func:`replay` that is about time; the same arguments."""
-    next_use, run = next_use or NextUse(trace), run or Run()
+    next_use, run = next_use or NextUse(trace), replace(run or Run(), in_one_pass=trace.is_window)
     free_bytes = capacity_bytes - sum(persistent_bytes(facts, placements))
     held_bytes = [0 if used_in_place(f, p) else f.gathered_bytes for f, p in zip(facts, placements, strict=True)]
     rooms = [free_bytes - moment.reserve_bytes for moment in trace.moments]
@@ -200,12 +200,12 @@ def _rest_of_step(walk: Walk, schedule: Schedule, run: Run) -> tuple[float, dict
     """Seconds of a step of which the first pass is over, in all and per lane. From the third on, passes are alike."""
     clock = schedule.clock
     before_s, before_busy_s = clock.now_s, dict(clock.busy_s)
-    for _ in range(min(run.num_micro_batches, _MOST_PASSES) - 1):
+    for _ in range(min(run.num_passes, _MOST_PASSES) - 1):
         before_s, before_busy_s = clock.now_s, dict(clock.busy_s)
         walk.run_pass(schedule)
     after_s, after_busy_s = clock.now_s, dict(clock.busy_s)
     schedule.end()
-    num_more = max(0, run.num_micro_batches - _MOST_PASSES)
+    num_more = max(0, run.num_passes - _MOST_PASSES)
     busy_s = {lane: s + num_more * (after_busy_s[lane] - before_busy_s[lane]) for lane, s in clock.busy_s.items()}
     return clock.host_s + num_more * (after_s - before_s), busy_s
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
 EVALUATION = "evaluation"
 """Phase of a moment that stands for a whole pass without gradients, in a dry run."""
+
+_WINDOW = 0
+"""First of a shape of a window: no tensor with elements has it. Then come the number of micro-batches, and a shape."""
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Moment:
 
 @dataclass
 class Trace:
-    """The moments of one training pass (one micro-batch: forward and backward)."""
+    """The moments of one training pass: forward and backward of one micro-batch, or of a window of them, layer by layer."""
 
     moments: list[Moment] = field(default_factory=list)
     batch_shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -101,6 +105,11 @@ class Trace:
         """Highest non-model bytes of the pass."""
         return max((moment.non_model_peak_bytes for moment in self.moments), default=0)
 
+    @property
+    def is_window(self) -> bool:
+        """Whether it is one of several micro-batches that went through the model layer by layer."""
+        return any(shape[:1] == (_WINDOW,) for shape in self.batch_shapes)
+
     def covers(self, batch_shape: tuple[int, ...]) -> bool:
         """Whether a batch of this shape needs no more than one that was seen: no longer *and* no more rows.
 
@@ -109,8 +118,10 @@ class Trace:
         return any(_within(batch_shape, seen) for seen in self.batch_shapes)
 
     def cover(self, batch_shapes: list[tuple[int, ...]]) -> None:
-        """Takes note of further shapes that the figures hold for."""
+        """Takes note of further shapes that the figures hold for: if this is of one micro-batch, windows are not."""
         for shape in batch_shapes:
+            if shape[:1] == (_WINDOW,) and not self.is_window:
+                continue
             if not self.covers(shape):
                 self.batch_shapes = [seen for seen in self.batch_shapes if not _within(seen, shape)] + [shape]
 
@@ -122,22 +133,46 @@ class Trace:
         """Keeps the highest figures of both passes; True if anything grew.
 
         A pass through other moments (layer drop, another branch) cannot be laid over this one moment by moment; its
-        peak is then taken for every moment, which is safe.
+        peak is then taken for every moment, which is safe. A window can that had fewer micro-batches.
         """
-        if self.same_shape(other):
-            peaks = [moment.non_model_peak_bytes for moment in other.moments]
-            for mine, theirs in zip(self.moments, other.moments, strict=True):
-                mine.raise_work(theirs)
+        pairs = self._matched(other) if self.is_window or self.same_shape(other) else None
+        if pairs is None:
+            grew = [mine.raise_non_model(other.non_model_peak_bytes) for mine in self.moments]
         else:
-            peaks = [other.non_model_peak_bytes] * len(self.moments)
-        grew = [mine.raise_non_model(peak) for mine, peak in zip(self.moments, peaks, strict=True)]
+            grew = [mine.raise_non_model(theirs.non_model_peak_bytes) for mine, theirs in pairs]
+            for mine, theirs in pairs:
+                mine.raise_work(theirs)
         self.cover(other.batch_shapes)
         self.step_peak_bytes = max(self.step_peak_bytes, other.step_peak_bytes)
         return any(grew)
 
+    def _matched(self, other: Trace) -> list[tuple[Moment, Moment]] | None:
+        """Each moment of the other pass with the one here where the recorder found it; None if it has others."""
+        pairs, mine = [], iter(self.moments)
+        for theirs in other.moments:
+            found = next((moment for moment in mine if moment.key == theirs.key), None)
+            if found is None:
+                return None
+            pairs.append((found, theirs))
+        return pairs
+
+
+def window_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """What :attr:`Trace.batch_shapes` has for micro-batches of these shapes that go through the model in one pass."""
+    longest = max(map(len, shapes))
+    same = [shape for shape in shapes if len(shape) == longest]
+    return (_WINDOW, len(shapes), *(max(lengths) for lengths in zip(*same, strict=True)))
+
+
+def num_elements(shape: tuple[int, ...]) -> int:
+    """Of one micro-batch's tensor of such a shape."""
+    return prod(shape[2:] if shape[:1] == (_WINDOW,) else shape)
+
 
 def _within(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether a shape is no longer than another in any dimension."""
+    """Whether a shape is no longer than another in any dimension. A window needs all that one of its micro-batches does."""
+    if other[:1] == (_WINDOW,) and shape[:1] != (_WINDOW,):
+        other = other[2:]
     return len(shape) == len(other) and all(mine <= theirs for mine, theirs in zip(shape, other, strict=True))
 
 

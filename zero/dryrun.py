@@ -51,8 +51,9 @@ def walk(
     args: Any,
     kwargs: Any,
     exchange: Exchange = ALONE,
+    num_micro_batches: int = 1,
 ) -> tuple[Trace, Engine]:
-    """Forward and backward of one micro-batch, everything offloaded. Call it inside the fake mode.
+    """Forward and backward of one pass, everything offloaded. Call it inside the fake mode.
 
     Args:
         model: with fake parameters; it is taken over.
@@ -61,6 +62,7 @@ def walk(
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
         exchange: how chunks are divided.
+        num_micro_batches: that go through the model layer by layer, all with these arguments.
 
     Returns:
         The trace, and the engine that made it.
@@ -76,19 +78,27 @@ def walk(
     offloaded = load_config(config, {"memory": memory, "train": {"compile": False}, "optimizer": {"early": False}})
     engine = Engine(model, optimizer, None, offloaded, DryDevice(), None, arena=DryArena, exchange=exchange)
     with models_own_code():
-        engine.backward(_some_loss(engine(*args, **kwargs)))  # nothing but the loss outlives the forward, as in a loop
+        if num_micro_batches > 1:
+            _walk_window(engine, kwargs, num_micro_batches)
+        else:  # nothing but the loss outlives the forward, as in a loop
+            engine.backward(_some_loss(engine(*args, **kwargs)))
     if engine.manager.trace is None:
         raise RuntimeError("the dry run recorded nothing")
     engine.manager.trace.step_peak_bytes = 0  # depends on the device, which is not that of the dry run
     return engine.manager.trace, engine
 
 
-def walk_again(engine: Engine, batch: dict[str, torch.Tensor]) -> Trace:
-    """Another micro-batch, of another shape or of a model that has been changed since. Call it inside the fake mode.
+def _walk_window(engine: Engine, batch: dict[str, Any], num_micro_batches: int) -> None:
+    engine.run_window([batch] * num_micro_batches, loss=lambda output, _: _some_loss(output))
+
+
+def walk_again(engine: Engine, batch: dict[str, torch.Tensor], num_micro_batches: int = 1) -> Trace:
+    """Another pass, of another shape or of a model that has been changed since. Call it inside the fake mode.
 
     Args:
         engine: from :func:`walk`; its own trace stays as it is.
         batch: keyword arguments of the model.
+        num_micro_batches: that go through it layer by layer.
 
     Raises:
         CannotWalkError: the model failed.
@@ -98,7 +108,10 @@ def walk_again(engine: Engine, batch: dict[str, torch.Tensor]) -> Trace:
     try:
         engine.zero_grad()
         with models_own_code():
-            engine.backward(_some_loss(engine(**batch)))
+            if num_micro_batches > 1:
+                _walk_window(engine, batch, num_micro_batches)
+            else:
+                engine.backward(_some_loss(engine(**batch)))
         again = manager.trace
     finally:
         manager.trace = before
@@ -160,7 +173,9 @@ class Blueprint:
         except Exception as error:  # a model may hold anything; without a copy the question stays open
             logger.debug("no blueprint of this model: %s", error)
 
-    def trace(self, config: Config, args: Any, kwargs: Any, exchange: Exchange = ALONE) -> Trace | None:
+    def trace(
+        self, config: Config, args: Any, kwargs: Any, num_micro_batches: int = 1, exchange: Exchange = ALONE
+    ) -> Trace | None:
         """The trace of a training pass over a batch of these shapes; None where it cannot be told."""
         model, self._model = self._model, None  # the walk takes the copy over, so it serves once
         if model is None:
@@ -168,7 +183,7 @@ class Blueprint:
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, (args, kwargs))
         try:
             with self._mode:
-                return walk(model, None, config, fake_args, fake_kwargs, exchange)[0]
+                return walk(model, None, config, fake_args, fake_kwargs, exchange, num_micro_batches)[0]
         except Exception as error:  # only advice is lost, and the refusal that asks for it must come out
             logger.debug("the blueprint cannot be walked through: %s", error)
             return None

@@ -27,7 +27,6 @@ from zero.errors import UserError
 from zero.gathered import gathered
 from zero.gradient import forget_gradient, settle_gradient, unmanage, zero_gradient
 from zero.guard import CastGuard
-from zero.hooks import ModelHooks
 from zero.memory_report import MemoryReport, report_of
 from zero.optim.chunked import ZeroOptimizer, require_ours
 from zero.optim.elementwise import state_bytes_per_numel
@@ -37,11 +36,13 @@ from zero.precision import clip_coefficient, require_loss
 from zero.rerun import BufferWatch, StartingPoint
 from zero.setup import Managed, make_activations, make_policy, make_scaler, most_logits, take_over
 from zero.updating import make_updater, update_bytes, updates_allowed
+from zero.window import WindowVerbs
+from zero.window_hooks import WindowHooks
 
 logger = logging.getLogger("zero")
 
 
-class Engine:
+class Engine(WindowVerbs):
     """A model whose parameters, gradients and optimizer states a :class:`gemini.manager.Manager` keeps.
 
     Made by :func:`zero.initialize`. The loop is the user's::
@@ -98,7 +99,7 @@ class Engine:
         self._closed = False
         self._keeps_values = True
         self._blueprint = blueprint
-        self._last_batch: tuple[Any, Any] = ((), {})
+        self._last_batch: tuple[Any, Any, int] = ((), {}, 1)
         self.exchange = exchange
         self._saves = checkpoint.BackgroundSaves()
         budget_bytes = config.memory.host // exchange.num_local if config.memory.host else None
@@ -136,16 +137,9 @@ class Engine:
         self._agreement = make_agreement(self._ordered, self.manager, exchange)
         self._agreement.begin(self.device)
         logits, activations = most_logits(self.config), make_activations(self.config, self.manager)
-        self._hooks = ModelHooks(
-            self.module,
-            managed.units,
-            self.manager,
-            self._tensors,
-            self._planner,
-            logits,
-            activations,
-            self.config.train.compile,
-        )
+        self._units = managed.units
+        hooked = (self.module, managed.units, self.manager, self._tensors, self._planner)
+        self._hooks = WindowHooks(*hooked, logits, activations, self.config.train.compile)
         undo.callback(self._hooks.remove)
         undo.callback(export.StateDictHook(self.module, self._tensors, self.manager).remove)
         undo.callback(CastGuard(self.module).remove)
@@ -169,7 +163,7 @@ class Engine:
             gemini.plan.DoesNotFitError: no placement lets this batch run on the device.
         """
         self._require_placed()
-        self._last_batch = (args, kwargs)
+        self._last_batch = (args, kwargs, 1)
         self._doing("forward")
         start = StartingPoint(self._buffers, self.device.torch_device) if self._planner.may_offload else None
         try:
@@ -381,8 +375,7 @@ class Engine:
         trace = None
         if self._blueprint is not None and torch.is_grad_enabled():
             # The pass broke off before its worst moment: only a dry run knows how much would have been enough.
-            args, kwargs = self._last_batch
-            trace = self._blueprint.trace(self.config, args, kwargs, self.exchange.rehearsal())
+            trace = self._blueprint.trace(self.config, *self._last_batch, exchange=self.exchange.rehearsal())
         return self._planner.refusal(error, trace)
 
     @property

@@ -185,11 +185,12 @@ def _neighbours(config: Config, dry: DryRun, machine: Machine) -> Iterator[Chang
         halved = replace(dry, trace=scaled_trace(dry.trace, dry.double, 0.5))
         less = _forecast(config, policy, halved, machine, rows // 2)
         yield Change("train.per_device_train_batch_size", str(rows // 2), less, "smaller batch")
-    steps = train.gradient_accumulation_steps
-    accumulating = replace(policy, run=replace(policy.run, num_micro_batches=2 * steps))
-    summed = replace(dry, facts=[_with_sums(fact) for fact in dry.facts])
-    more = _forecast(config, accumulating, summed, machine, rows)
-    yield Change("train.gradient_accumulation_steps", str(2 * steps), more, "twice the tokens a step")
+    if not dry.trace.is_window:
+        steps = train.gradient_accumulation_steps
+        accumulating = replace(policy, run=replace(policy.run, num_micro_batches=2 * steps))
+        summed = replace(dry, facts=[_with_sums(fact) for fact in dry.facts])
+        more = _forecast(config, accumulating, summed, machine, rows)
+        yield Change("train.gradient_accumulation_steps", str(2 * steps), more, "twice the tokens a step")
     if dry.other_checkpointing is not None:
         is_off = train.checkpointing == "off"
         other = _forecast(config, policy, replace(dry, trace=dry.other_checkpointing), machine, rows)

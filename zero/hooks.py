@@ -109,6 +109,8 @@ class ModelHooks:
         self._callback_queued = False
         self._saving: Any = None
         self._graphs: list[weakref.ref[PendingGraph]] = []
+        # Several forwards take turns, in a scope of their own that is depth 1 (zero.window_hooks).
+        self._in_window = False
         self._install()
         self._activations = activations
         # On the host a whole gradient in fp32 would be made anew for each norm.
@@ -185,7 +187,7 @@ class ModelHooks:
         if id(module) not in self._names:
             return None
         moved = None
-        if module is self._root and self._depth and not inside_backward():
+        if module is self._root and self._depth > self._in_window and not inside_backward():
             self.settle_interrupted_forward()
         if self._depth == 0:
             moved = self._begin(args, kwargs)
@@ -268,7 +270,7 @@ class ModelHooks:
             if context is not None:
                 context.__exit__(None, None, None)
         self._saving = self._pass_context = None
-        if self._head is not None:
+        if self._head is not None and not self._in_window:
             self._head.active = False
 
     def settle_interrupted_forward(self) -> None:
@@ -368,7 +370,7 @@ class ModelHooks:
         """The first sign of a backward pass: be told of its end, too."""
         if self._manager.phase is not Phase.BACKWARD:
             self._manager.begin_backward()
-        if not self._callback_queued:
+        if not self._callback_queued and not self._in_window:
             self._callback_queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
 
@@ -382,6 +384,8 @@ class ModelHooks:
 
     def settle_outside(self) -> None:
         """Ends what no module runs for any more: an interrupted forward, one whose graph is gone, a failed backward."""
+        if self._in_window:
+            return
         if self._depth and not _forward_runs():
             self.settle_interrupted_forward()
         if self._depth or self._manager.phase is Phase.IDLE:
@@ -414,7 +418,7 @@ class ModelHooks:
         tensor = self._tensors[id(parameter)]
         settle_gradient(tensor)
         with self._manager.device.bookkeeping():
-            tensor.gradient_norm = norm_on_arrival(tensor, gradient, self._scratch)
+            tensor.gradient_norm = None if self._in_window else norm_on_arrival(tensor, gradient, self._scratch)
         self._manager.take_gradient(tensor, gradient)
 
 

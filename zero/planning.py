@@ -23,6 +23,7 @@ from gemini.segment import Placement
 from gemini.timeline import required_bytes
 from gemini.trace import Moment, Trace
 from gemini.units import format_bytes
+from gemini.windows import SHORT, longer_window
 from zero.config.loading import for_trainer
 from zero.config.schema import Config
 from zero.dryrun import CannotWalkError, models_own_code, walk, walk_again, walk_evaluation
@@ -50,7 +51,7 @@ class DryRun:
     Attributes:
         num_parameters: of the model, tied ones once.
         facts: of its chunks.
-        trace: of one micro-batch of the config's shape.
+        trace: of one pass over the config's shape.
         update_bytes_per_numel: temporaries of the optimizer's arithmetic.
         evaluation: of one evaluation batch; None where there is none.
         double: of a micro-batch of twice the rows; None where nobody asked.
@@ -185,7 +186,8 @@ def dry_run(
     num_ranks: int = 1,
     variants: bool = False,
 ) -> DryRun:
-    """Runs forward and backward of one micro-batch on fake tensors, and forward of one evaluation batch.
+    """Runs forward and backward of one micro-batch, or of a window that goes through the model layer by layer, on fake
+    tensors, and forward of one evaluation batch.
 
     Args:
         build: makes the model; called inside the fake mode.
@@ -206,7 +208,11 @@ def dry_run(
         optimizer = build_optimizer(model, config)
         update_bytes = temporary_bytes_per_numel(optimizer)
         exchange = DryExchange(Division(0, num_ranks, config.parallel.replicate)) if num_ranks > 1 else ALONE
-        trace, engine = walk(model, optimizer, config, (), _batch(shape), exchange)
+        num_in_turn = config.train.num_in_turn
+        num_walked = SHORT if num_in_turn > SHORT + 1 else num_in_turn
+        trace, engine = walk(model, optimizer, config, (), _batch(shape), exchange, num_walked)
+        if num_in_turn > num_walked:
+            trace = _long_window(engine, trace, _batch(shape), num_in_turn)
         evaluation = None
         if evaluation_shape is not None:
             batches_bytes = sum(t.nbytes for t in _batch(shape).values()) * config.train.gradient_accumulation_steps
@@ -215,12 +221,25 @@ def dry_run(
     return DryRun(num_parameters, engine.facts, trace, update_bytes, evaluation, double, other_checkpointing)
 
 
+def _walk_pass(engine: Engine, config: Config, batch: dict[str, torch.Tensor]) -> Trace:
+    num_in_turn = config.train.num_in_turn
+    if num_in_turn <= SHORT + 1:
+        return walk_again(engine, batch, num_in_turn)
+    return _long_window(engine, walk_again(engine, batch, SHORT), batch, num_in_turn)
+
+
+def _long_window(engine: Engine, short: Trace, batch: dict[str, torch.Tensor], num_micro_batches: int) -> Trace:
+    """Of a window too long to be walked through, unless there is no other way."""
+    longer = longer_window(short, walk_again(engine, batch, SHORT + 1), num_micro_batches)
+    return longer if longer is not None else walk_again(engine, batch, num_micro_batches)
+
+
 def _neighbours(engine: Engine, config: Config, shape: Shape) -> tuple[Trace, Trace | None]:
     engine.train()
-    double = walk_again(engine, _batch((2 * shape[0], shape[1])))
+    double = _walk_pass(engine, config, _batch((2 * shape[0], shape[1])))
     try:
         set_checkpointing(engine.module, "non_reentrant" if config.train.checkpointing == "off" else "off")
-        return double, walk_again(engine, _batch(shape))
+        return double, _walk_pass(engine, config, _batch(shape))
     except (CannotWalkError, ValueError, AttributeError) as error:  # not every model has it
         logger.debug("no dry run with other activation checkpointing: %s", error)
         return double, None

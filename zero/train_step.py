@@ -45,16 +45,14 @@ def train_step(engine: Engine, window: list[Batch], ranks: Ranks, health: Health
     num_tokens = sum(int(batch["input_ids"].numel()) for batch in window)
     every = ranks.gather([sum(counts), num_tokens], "counting tokens")
     total = max(1, sum(count for count, _ in every))
-    loss_sum = 0.0
     engine.zero_grad()
-    for position, (batch, count) in enumerate(zip(window, counts, strict=True)):
-        if count:
-            loss = engine(**batch).loss
-            loss_sum += float(loss.detach()) * count
-            # Gradients are averaged over ranks: times their number, so that each token counts once.
-            engine.backward(loss * (count / total * ranks.size), scale_by_accumulation=False)
-        if position < len(window) - 1:
-            engine.step()
+    # Gradients are averaged over ranks: times their number, so that each token counts once.
+    weights = [count / total * ranks.size for count in counts]
+    if engine.config.train.num_in_turn > 1:
+        losses = _in_turn(engine, window, weights)
+    else:
+        losses = _one_by_one(engine, window, weights)
+    loss_sum = sum(loss * count for loss, count in zip(losses, counts, strict=True) if count)
     engine.meet("the end of a window")
     said = ranks.gather([loss_sum, stop.signal_name], "comparing losses")
     loss_value = sum(part for part, _ in said) / total
@@ -66,3 +64,25 @@ def train_step(engine: Engine, window: list[Batch], ranks: Ranks, health: Health
         engine.skip_step()
     signals = [name for _, name in said if name is not None]
     return StepResult(loss_value, sum(tokens for _, tokens in every), problem, signals[0] if signals else None)
+
+
+def _one_by_one(engine: Engine, window: list[Batch], weights: list[float]) -> list[float]:
+    """Losses of the micro-batches; 0 where no token counts."""
+    losses = [0.0] * len(window)
+    for position, (batch, weight) in enumerate(zip(window, weights, strict=True)):
+        if weight:
+            loss = engine(**batch).loss
+            losses[position] = float(loss.detach())
+            engine.backward(loss * weight, scale_by_accumulation=False)
+        if position < len(window) - 1:
+            engine.step()
+    return losses
+
+
+def _in_turn(engine: Engine, window: list[Batch], weights: list[float]) -> list[float]:
+    """The same, each layer for all micro-batches."""
+    counted = [(batch, weight) for batch, weight in zip(window, weights, strict=True) if weight]
+    if not counted:
+        return [0.0] * len(window)
+    losses = iter(engine.run_window([batch for batch, _ in counted], [weight for _, weight in counted]))
+    return [float(next(losses)) if weight else 0.0 for weight in weights]

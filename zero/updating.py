@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from gemini.device import Device
+from gemini.device import AcceleratorDevice, Device
 from gemini.jobs import HostQueue
 from gemini.plan import ChunkFacts
 from zero.config.schema import Config
@@ -37,7 +37,7 @@ def make_updater(
         queue,
         kernel,
         device_piece_numel=device_piece_numel(manager.device.capacity_bytes),
-        early_bytes=_early_bytes(config, queue, managed.facts, managed.spare_host_bytes),
+        early_bytes=_early_bytes(config, queue, managed),
     )
     manager.gradients_are_there = updater.early.gradients_are_there
     return updater
@@ -53,8 +53,11 @@ def updates_allowed(optimizer: ZeroOptimizer | None, factor: float | None) -> co
     return contextlib.nullcontext() if optimizer is None else optimizer.updater.early.allowed(factor)
 
 
-def _early_bytes(config: Config, queue: HostQueue, facts: list[ChunkFacts], spare_host_bytes: int) -> int:
+def _early_bytes(config: Config, queue: HostQueue, managed: Managed) -> int:
     """Host memory for what updates inside backward overwrite: none where they cannot run beside it."""
-    if config.train.max_grad_norm is not None or not config.optimizer.early or not queue.runs_beside:
+    wish = config.optimizer.early
+    if wish == "auto":
+        wish = isinstance(managed.manager.device, AcceleratorDevice)
+    if config.train.max_grad_norm is not None or not wish or not queue.runs_beside:
         return 0
-    return max(0, min(spare_host_bytes // 2, sum(fact.companion_bytes for fact in facts)))
+    return max(0, min(managed.spare_host_bytes // 2, sum(fact.companion_bytes for fact in managed.facts)))

@@ -94,9 +94,10 @@ class OptimizerSection(Section):
     to the bit. `auto` is one beside an accelerator, and none with device.type = cpu, where the model needs the same
     cores; 0 makes every update before step() returns."""
 
-    early: bool = True
+    early: bool | Literal["auto"] = "auto"
     """Where gradients are not clipped, begin updates inside backward. What they overwrite is kept, in at most half of the
-    host memory that the model leaves free, until the step is known to be good: results are the same to the bit."""
+    host memory that the model leaves free, until the step is known to be good: results are the same to the bit. `auto` is
+    true on a real accelerator, and false where nothing can be gained."""
 
     @property
     def num_workers(self) -> int | None:
@@ -164,6 +165,12 @@ class TrainSection(Section):
 
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step."""
+
+    accumulation_order: Literal["batch", "layer"] = "batch"
+    """Order of the micro-batches of a step: `batch` takes one after the other through the whole model; `layer` takes all
+    through each layer before the next, so that parameters cross the link once a step and not once a micro-batch, for the
+    memory of all micro-batches' activations (with gradient_checkpointing, one input per layer). The numbers are the same
+    but for dropout, and for the rounding of tied weights. In your own loop, call engine.run_window()."""
 
     max_grad_norm: Annotated[NonNegativeNumber | None, AfterValidator(_zero_is_off)] = None
     """Gradients are scaled down to this global L2 norm where theirs is larger. Unset or 0: no clipping."""
@@ -245,6 +252,11 @@ class TrainSection(Section):
         if self.gradient_checkpointing is False:
             return "off"
         return "non_reentrant" if self.gradient_checkpointing is True else self.gradient_checkpointing
+
+    @property
+    def num_in_turn(self) -> int:
+        """Micro-batches of `zero train` that go through the model layer by layer; 1 if they go one after the other."""
+        return self.gradient_accumulation_steps if self.accumulation_order == "layer" else 1
 
     def run_folder(self, stem: str) -> Path:
         """Folder of the run.
