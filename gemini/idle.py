@@ -1,8 +1,7 @@
 """Parameters read outside any pass: what the user sees, and what is taken over of what the user writes.
 
 A parameter that is not resident is shown as a copy of its own, which nothing that the manager does later can pull away
-from under a view of it. A resident one is shown where it lies, but for one whose values are a part of its master: what
-is written there could not be told from what was there.
+from under a view of it. A resident one is shown where it lies.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class IdleReads:
         """
         if tensor in self._shown:
             return
-        if tensor.chunk.resident and tensor.chunk.codec is None:
+        if tensor.chunk.resident:
             tensor.chunk.settle_update()
             tensor.chunk.before_change()  # the user may write where it lies
             self._device.synchronize()
@@ -97,8 +96,7 @@ class IdleReads:
         """
         present = tensor.bound.cpu()
         known = _known_values(tensor)
-        # How a coded master was rounded only its values tell.
-        rounded = known.to(present.dtype) if tensor.chunk.codec is None else tensor.chunk.values_of(tensor)
+        rounded = known.to(present.dtype)
         if torch.equal(present, rounded):
             return None
         return torch.where(present == rounded, known, present.to(known.dtype))

@@ -39,8 +39,6 @@ class NativeRun:
     stop: int
     group: Group
     step: int
-    first: bool
-    """Whether they have no states yet."""
 
 
 @dataclass(frozen=True)
@@ -129,19 +127,17 @@ class ChunkWork:
         run: NativeRun | None = None
         for piece in self.pieces(segment, in_blocks=False):
             group, step = self.groups[piece.tensor], self.native_step(piece.tensor)
-            first = self.before[piece.tensor] is None
-            same = run is not None and run.group is group and (run.step, run.first) == (step, first)
-            if run is not None and same and run.stop == piece.start:
-                run = NativeRun(run.start, piece.stop, group, step, first)
+            if run is not None and run.stop == piece.start and run.group is group and run.step == step:
+                run = NativeRun(run.start, piece.stop, group, step)
                 continue
             if run is not None:
                 yield run
-            run = NativeRun(piece.start, piece.stop, group, step, first)
+            run = NativeRun(piece.start, piece.stop, group, step)
         if run is not None:
             yield run
 
     def native_step(self, tensor: ChunkTensor) -> int:
-        """Number of this update of a parameter, from 1; always 1 for optimizers that do not count."""
+        """Number of this update of a parameter, from 1."""
         return int((self.before[tensor] or {}).get("step", 0)) + 1
 
 
