@@ -144,7 +144,7 @@ def test_no_plan_goes_over_capacity_and_no_refusal_is_false(
 
 
 @given(case=cases())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_plenty_of_capacity_is_never_slower(
     case: tuple[list[ChunkFacts], Trace, int, HardwareProfile],
 ) -> None:
@@ -288,7 +288,7 @@ def test_a_machine_on_which_nothing_takes_time_has_a_plan_too() -> None:
 
 
 @given(facts=fact_lists(), capacity_bytes=st.integers(1, 10_000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 def test_a_trace_without_moments_is_enough_to_plan_with(facts: list[ChunkFacts], capacity_bytes: int) -> None:
     try:
         plan = Policy().decide(facts, Trace(), capacity_bytes)
