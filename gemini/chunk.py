@@ -74,8 +74,7 @@ class Chunk(Holdings):
 
     def _take_over(self, keep_master: bool, read: Read) -> Segment:
         """Copies values to where they are at home, tensor by tensor, dropping each original as soon as its copy is made."""
-        numel, dtype = self.shard.numel, self.layout.dtype
-        homes = self.homes
+        numel, dtype, homes = self.shard.numel, self.layout.dtype, self.homes
         values = self._store.allocate(homes.values, Kind.PARAMETERS, numel, dtype)
         segment = Segment(self.shard.start, self.shard.stop, homes.values, homes.companions, values)
         try:

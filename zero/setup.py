@@ -165,9 +165,7 @@ def take_over(
     """
     dtype = DTYPES[config.precision.dtype]
     units = find_units(model)
-    _refuse_managed(units)
-    _refuse_compiled(model)
-    _require_dense_gradients(model)
+    _refuse_what_cannot_be_managed(model, units)
     layouts = build_layout(_unit_specs(model, units, dtype), config.memory.chunk)
     parameters = {name: p for unit in units for name, p in unit.parameters}
     facts = [
@@ -178,8 +176,7 @@ def take_over(
     if config.memory.disk is not None:
         facts = spill(facts, limit_bytes)
     spare_bytes = limit_bytes - host_bytes(facts, [Placement() for _ in facts])
-    store = Store(device, host, DiskArena(config.memory.disk))
-    transfer = Transfer(device)
+    store, transfer = Store(device, host, DiskArena(config.memory.disk)), Transfer(device)
     with Reading() as read:
         chunks = [
             Chunk(
@@ -201,8 +198,17 @@ def take_over(
         manage(tensor.parameter, tensor)  # type: ignore[arg-type]
     _cast_empty(model, tensors, dtype, device)
     _cast_buffers(model, dtype, device)
-    names = {id(p): name for name, p in parameters.items()}
-    return Managed(Manager(store, transfer, chunks), units, tensors, names, facts, spare_bytes)
+    return Managed(Manager(store, transfer, chunks), units, tensors, _names(parameters), facts, spare_bytes)
+
+
+def _names(parameters: dict[str, nn.Parameter]) -> dict[int, str]:
+    return {id(p): name for name, p in parameters.items()}
+
+
+def _refuse_what_cannot_be_managed(model: nn.Module, units: list[Unit]) -> None:
+    _refuse_managed(units)
+    _refuse_compiled(model)
+    _require_dense_gradients(model)
 
 
 def _unit_specs(model: nn.Module, units: list[Unit], dtype: torch.dtype) -> list[UnitSpec]:

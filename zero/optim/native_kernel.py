@@ -149,8 +149,7 @@ class NativeKernel:
         stop = numel if stop is None else stop
         if not 0 <= start <= stop <= numel:
             raise ValueError(f"start and stop must lie within 0 and {numel} in this order, not {start} and {stop}")
-        if form is not FP32:
-            _check_form(rule, form, grad, out, noise)
+        _check_form(rule, form, grad, out, noise)
         if start == stop:
             return
         call = Call(
@@ -196,6 +195,9 @@ def _kinds(rule: Rule, form: StateFormat) -> dict[str, tuple[torch.dtype, int]]:
 
 
 def _check_form(rule: Rule, form: StateFormat, grad: Tensor, out: Tensor | None, noise: Noise | None) -> None:
+    """Raises ValueError where a format other than fp32 asks for something else."""
+    if form is FP32:
+        return
     if not isinstance(rule, AdamRule):
         raise ValueError(f"the format {form.name!r} goes with Adam and AdamW only, not with {type(rule).__name__}")
     if out is None or out.dtype != torch.bfloat16 or out.data_ptr() == grad.data_ptr():
