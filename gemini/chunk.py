@@ -12,14 +12,16 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
+from gemini.codec import Codec
 from gemini.device import Event
 from gemini.exchange import ALONE, Exchange
 from gemini.gradients import flat_gradient, reserve, send
 from gemini.holdings import Holdings
 from gemini.layout import ChunkLayout, Entry, joined
-from gemini.segment import AT_HOME, MASTER, Homes, Placement, Segment, rebuild
+from gemini.segment import AT_HOME, Homes, Placement, rebuild
 from gemini.state import HOLDING, Move, TensorState, next_state
 from gemini.store import Kind, Store, Tier
+from gemini.takeover import first_segment
 from gemini.tensor import ChunkTensor
 from gemini.transfer import Transfer
 from gemini.views import Read, poison_of, read_tensor, view_of
@@ -39,6 +41,7 @@ class Chunk(Holdings):
         read: gets the parameters' present values.
         exchange: with the other processes that own a part of the chunk.
         homes: where values and companions are when they are not on the device.
+        codec: of master and states; None: they are as they are, in fp32.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Chunk(Holdings):
         read: Read = read_tensor,
         exchange: Exchange = ALONE,
         homes: Homes = AT_HOME,
+        codec: Codec | None = None,
     ) -> None:
         super().__init__(store, transfer, exchange.shard(layout))
         self._exchange = exchange
@@ -58,7 +62,8 @@ class Chunk(Holdings):
         self.layout = layout
         self.index = layout.index
         self.tensors = [ChunkTensor(self, index, parameter) for index, parameter in enumerate(parameters)]
-        self._segments = [self._take_over(keep_master, read)]
+        self.codec = codec
+        self._segments = [first_segment(self.tensors, self.shard, store, homes, keep_master, codec, read)]
         self._offsets = [entry.offset for entry in layout.entries]
         self._buffer: torch.Tensor | None = None
         self._views: list[torch.Tensor] = []
@@ -69,40 +74,6 @@ class Chunk(Holdings):
         placeholder = torch.full((), poison_of(layout.dtype), dtype=layout.dtype, device=store.device.torch_device)
         self._placeholders = [placeholder.expand(e.spec.shape) for e in layout.entries]
         self._bind_placeholders()
-
-    # -- making ------------------------------------------------------------------------------------------------------
-
-    def _take_over(self, keep_master: bool, read: Read) -> Segment:
-        """Copies values to where they are at home, tensor by tensor, dropping each original as soon as its copy is made."""
-        numel, dtype, homes = self.shard.numel, self.layout.dtype, self.homes
-        values = self._store.allocate(homes.values, Kind.PARAMETERS, numel, dtype)
-        segment = Segment(self.shard.start, self.shard.stop, homes.values, homes.companions, values)
-        try:
-            if keep_master and dtype == torch.float32:
-                segment.companions[MASTER] = values
-            elif keep_master:
-                # Not segment.companion(): its zeros would be written just before the values are.
-                segment.companions[MASTER] = self._store.allocate(homes.companions, Kind.MASTER, numel, torch.float32)
-        except (MemoryError, OSError):
-            segment.free(self._store)
-            raise
-        buffers = list({id(t): t for t in (values, segment.companions.get(MASTER, values))}.values())
-        for tensor in self.tensors:
-            self._read(tensor, buffers, read)
-            tensor.bound = torch.empty(0, dtype=dtype, device=self._store.device.torch_device)
-        for buffer in segment.on_disk():
-            self._store.disk.let_go(buffer)
-        return segment
-
-    def _read(self, tensor: ChunkTensor, buffers: list[torch.Tensor], read: Read) -> None:
-        entry, shard = tensor.entry, self.shard
-        if shard.is_whole:
-            read(tensor.parameter, None, [view_of(buffer, entry) for buffer in buffers])
-            return
-        left = min(max(entry.offset, shard.start), entry.stop)
-        right = max(left, min(entry.stop, shard.stop))  # of some parameters nothing is owned
-        parts = [buffer[left - shard.start : right - shard.start] for buffer in buffers]
-        read(tensor.parameter, left - entry.offset, parts if left < right else [buffers[0][:0]])
 
     @property
     def numel(self) -> int:

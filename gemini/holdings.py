@@ -11,7 +11,7 @@ from gemini.exchange import Shard
 from gemini.gradients import drop, reserve, send
 from gemini.jobs import Job
 from gemini.layout import Entry
-from gemini.segment import GRADIENT, MASTER, Placement, Segment, device_bytes_at, overlaps, placement_of
+from gemini.segment import GRADIENT, Placement, Segment, device_bytes_at, overlaps, placement_of
 from gemini.store import Store, Tier
 from gemini.transfer import Arrival, Transfer
 
@@ -190,10 +190,7 @@ class Holdings:
         Raises:
             KeyError: a segment of the parameter has no such companion.
         """
-        parts = [
-            (s.values if key is None else s.companions[key])[left - s.start : right - s.start].cpu()
-            for s, left, right in self.pieces(entry.offset, entry.stop)
-        ]
+        parts = [s.read(key, left, right).cpu() for s, left, right in self.pieces(entry.offset, entry.stop)]
         if not parts:
             return torch.empty(0, dtype=entry.spec.dtype if key is None else torch.float32)
         return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
@@ -204,21 +201,14 @@ class Holdings:
             self.before_change()
         flat = _flat(entry, data, data.dtype)
         for segment, left, right in self.pieces(entry.offset, entry.stop):
-            present = segment.companions.get(key)
-            target = segment.companion(self._store, key, data.dtype if present is None else present.dtype)
-            target[left - segment.start : right - segment.start].copy_(flat[left - entry.offset : right - entry.offset])
+            segment.write(self._store, {key: flat[left - entry.offset : right - entry.offset]}, left)
 
     def put_values(self, entry: Entry, data: torch.Tensor) -> None:
         """Writes what is owned of one parameter's values, and of its master where there is one, from any float dtype."""
         self.before_change()
         flat = _flat(entry, data, torch.promote_types(data.dtype, entry.spec.dtype))
         for segment, left, right in self.pieces(entry.offset, entry.stop):
-            source = flat[left - entry.offset : right - entry.offset]
-            inside = slice(left - segment.start, right - segment.start)
-            if MASTER in segment.companions:
-                segment.companions[MASTER][inside].copy_(source)
-            if not segment.master_is_values:
-                segment.values[inside].copy_(source)
+            segment.write_values(self._store, flat[left - entry.offset : right - entry.offset], left)
 
     def check_cover(self, index: int) -> None:
         """Raises RuntimeError if the segments of chunk ``index`` do not cover what is owned of it, each element once."""

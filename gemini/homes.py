@@ -22,7 +22,7 @@ def spill(facts: list[ChunkFacts], limit_bytes: int) -> list[ChunkFacts]:
     excess_bytes = host_bytes(facts, [Placement() for _ in facts]) + widening_bytes(facts) - limit_bytes
     for index in reversed(range(len(facts))):
         fact = facts[index]
-        saved_bytes = (fact.companion_bytes_per_numel - fact.gradient_itemsize) * fact.numel
+        saved_bytes = int((fact.companion_bytes_per_numel - fact.gradient_itemsize) * fact.numel)
         if excess_bytes > 0 and saved_bytes > 0:
             facts[index] = replace(fact, companions_on_disk=True)
             excess_bytes -= saved_bytes

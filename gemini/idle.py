@@ -1,7 +1,8 @@
 """Parameters read outside any pass: what the user sees, and what is taken over of what the user writes.
 
 A parameter that is not resident is shown as a copy of its own, which nothing that the manager does later can pull away
-from under a view of it. A resident one is shown where it lies.
+from under a view of it. A resident one is shown where it lies, but for one whose values are a part of its master: what
+is written there could not be told from what was there.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class IdleReads:
         """
         if tensor in self._shown:
             return
-        if tensor.chunk.resident:
+        if tensor.chunk.resident and tensor.chunk.codec is None:
             tensor.chunk.settle_update()
             tensor.chunk.before_change()  # the user may write where it lies
             self._device.synchronize()
@@ -96,7 +97,8 @@ class IdleReads:
         """
         present = tensor.bound.cpu()
         known = _known_values(tensor)
-        rounded = known.to(present.dtype)
+        # How a coded master was rounded only its values tell.
+        rounded = known.to(present.dtype) if tensor.chunk.codec is None else tensor.chunk.values_of(tensor)
         if torch.equal(present, rounded):
             return None
         return torch.where(present == rounded, known, present.to(known.dtype))

@@ -36,9 +36,11 @@ class HostQueue(ABC):
 
     Attributes:
         runs_beside: the program goes on while they run.
+        num_workers: jobs that run at a time.
     """
 
     runs_beside = True
+    num_workers = 1
 
     @abstractmethod
     def submit(self, work: Work, numel: int = 0) -> Job:
@@ -97,6 +99,7 @@ class ThreadQueue(HostQueue):
     """
 
     def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
         self._pool = ThreadPoolExecutor(num_workers, "zero-update")
 
     def submit(self, work: Work, numel: int = 0) -> Job:

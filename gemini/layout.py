@@ -8,7 +8,7 @@ which callers make the order of first use.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +62,13 @@ class ChunkLayout:
     dtype: torch.dtype
     trainable: bool
     entries: tuple[Entry, ...]
+    align_numel: int = 1
+    """Parameters begin, and the buffer ends, at multiples of so many elements."""
 
     @property
     def numel(self) -> int:
         """Number of elements of the buffer."""
-        return self.entries[-1].stop
+        return _aligned(self.entries[-1].stop, self.align_numel)
 
     @property
     def num_bytes(self) -> int:
@@ -74,12 +76,19 @@ class ChunkLayout:
         return self.numel * self.dtype.itemsize
 
 
-def build_layout(units: Sequence[UnitSpec], max_chunk_bytes: int) -> list[ChunkLayout]:
+Align = Callable[[torch.dtype, bool], int]
+"""The ``align_numel`` of chunks of a dtype, trainable or not."""
+
+
+def build_layout(
+    units: Sequence[UnitSpec], max_chunk_bytes: int, align: Align = lambda dtype, trainable: 1
+) -> list[ChunkLayout]:
     """Fills chunks in order; a parameter larger than ``max_chunk_bytes`` gets a chunk of its own.
 
     Args:
         units: in order of first use.
         max_chunk_bytes: the largest chunk, in bytes of the compute dtype.
+        align: where parameters begin.
 
     Raises:
         ValueError: if ``max_chunk_bytes`` is not positive or a name appears twice.
@@ -90,8 +99,10 @@ def build_layout(units: Sequence[UnitSpec], max_chunk_bytes: int) -> list[ChunkL
     chunks: list[ChunkLayout] = []
     for unit_index, unit in enumerate(units):
         for dtype, trainable, specs in _group(unit.parameters):
+            aligned = align(dtype, trainable)
             for part in _cut(specs, max_chunk_bytes):
-                chunks.append(ChunkLayout(len(chunks), unit_index, unit.name, dtype, trainable, _place(part)))
+                entries = _place(part, aligned)
+                chunks.append(ChunkLayout(len(chunks), unit_index, unit.name, dtype, trainable, entries, aligned))
     return chunks
 
 
@@ -128,12 +139,16 @@ def _cut(specs: Sequence[ParameterSpec], max_chunk_bytes: int) -> list[list[Para
     return parts
 
 
-def _place(specs: Sequence[ParameterSpec]) -> tuple[Entry, ...]:
+def _place(specs: Sequence[ParameterSpec], align_numel: int) -> tuple[Entry, ...]:
     entries, offset = [], 0
     for spec in specs:
         entries.append(Entry(spec, offset))
-        offset += spec.numel
+        offset = _aligned(offset + spec.numel, align_numel)
     return tuple(entries)
+
+
+def _aligned(numel: int, multiple: int) -> int:
+    return numel + -numel % multiple
 
 
 def joined(entries: Iterable[Entry]) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gemini.codec import Codec
 from gemini.exchange import Shard
 from gemini.layout import ChunkLayout
 from gemini.segment import Homes, Placement
@@ -22,7 +23,7 @@ class ChunkFacts:
     """Elements that this process owns."""
     value_itemsize: int
     """Bytes per element of the values."""
-    companion_bytes_per_numel: int
+    companion_bytes_per_numel: float
     """Bytes per element of master (where it is not the values), optimizer states and gradient; 0 if frozen."""
     unit_name: str
     gradient_itemsize: int = 0
@@ -33,11 +34,21 @@ class ChunkFacts:
     """Whether values that are not on the device are on disk."""
     companions_on_disk: bool = False
     """Whether companions that are not on the device are on disk, but for the gradient."""
+    coded_bytes_per_numel: float = 0.0
+    """Bytes per element of a codec's parts (part of ``companion_bytes_per_numel``); 0 where nothing is coded."""
+    block_numel: int = 1
+    """The chunk may be cut at multiples of so many elements."""
 
     @property
-    def master_itemsize(self) -> int:
-        """Bytes per element of a master that is not the values."""
-        return 4 if self.companion_bytes_per_numel and self.value_itemsize < 4 else 0
+    def master_is_values(self) -> bool:
+        """Whether the master's own buffer, where values and companions part, is a copy of the values."""
+        return bool(self.companion_bytes_per_numel) and (self.value_itemsize == 4 or self.coded_bytes_per_numel > 0)
+
+    @property
+    def first_bytes_per_numel(self) -> float:
+        """Bytes per element of the companions that are there from the beginning."""
+        plain = 4 if self.companion_bytes_per_numel and self.value_itemsize < 4 else 0
+        return self.coded_bytes_per_numel or plain
 
     @property
     def homes(self) -> Homes:
@@ -57,10 +68,12 @@ class ChunkFacts:
     @property
     def companion_bytes(self) -> int:
         """Bytes of all companions."""
-        return self.numel * self.companion_bytes_per_numel
+        return int(self.numel * self.companion_bytes_per_numel)
 
 
-def chunk_facts(layout: ChunkLayout, shard: Shard, state_bytes_per_numel: int, gradient_itemsize: int) -> ChunkFacts:
+def chunk_facts(
+    layout: ChunkLayout, shard: Shard, state_bytes_per_numel: int, gradient_itemsize: int, codec: Codec | None = None
+) -> ChunkFacts:
     """Facts of a chunk.
 
     Args:
@@ -68,9 +81,14 @@ def chunk_facts(layout: ChunkLayout, shard: Shard, state_bytes_per_numel: int, g
         shard: what this process owns of it.
         state_bytes_per_numel: bytes of the optimizer's states per element (8 for Adam).
         gradient_itemsize: bytes per element of the gradient buffer (the dtype's own, 4 with accumulation).
+        codec: of master and states.
     """
-    itemsize, companions = layout.dtype.itemsize, 0
-    if layout.trainable:
+    itemsize = layout.dtype.itemsize
+    companions: float = 0
+    coded = 0.0 if codec is None else codec.bytes_per_numel
+    if codec is not None:
+        companions = coded + gradient_itemsize
+    elif layout.trainable:
         companions = (0 if itemsize == 4 else 4) + state_bytes_per_numel + gradient_itemsize
     return ChunkFacts(
         layout.index,
@@ -80,6 +98,8 @@ def chunk_facts(layout: ChunkLayout, shard: Shard, state_bytes_per_numel: int, g
         layout.unit_name,
         gradient_itemsize if layout.trainable else 0,
         shard.gathered_numel - shard.numel,
+        coded_bytes_per_numel=coded,
+        block_numel=1 if codec is None else codec.block_numel,
     )
 
 
@@ -126,10 +146,10 @@ def persistent_bytes(facts: list[ChunkFacts], placements: list[Placement]) -> tu
     companions = 0
     for fact, placement in zip(facts, placements, strict=True):
         shared = 0
-        if fact.companion_bytes_per_numel and fact.value_itemsize == 4:
-            # fp32: where values and companions part, the master is a buffer of its own on the companions' side.
-            shared = 4 * max(0, placement.companion_numel - placement.resident_numel)
-        companions += fact.companion_bytes_per_numel * placement.companion_numel + shared
+        if fact.master_is_values:
+            # Where values and companions part, the master is a buffer of its own on the companions' side.
+            shared = fact.value_itemsize * max(0, placement.companion_numel - placement.resident_numel)
+        companions += int(fact.companion_bytes_per_numel * placement.companion_numel) + shared
     return values, companions
 
 
@@ -147,9 +167,9 @@ def _home_bytes(fact: ChunkFacts, placement: Placement) -> tuple[int, int]:
     """Bytes on the host and on disk of what is not on the device."""
     values = fact.value_itemsize * (fact.numel - placement.resident_numel)
     gradients = fact.gradient_itemsize * (fact.numel - placement.companion_numel)
-    states = fact.companion_bytes_per_numel * (fact.numel - placement.companion_numel) - gradients
-    if fact.companion_bytes_per_numel and fact.value_itemsize == 4:  # as in persistent_bytes, from the other side
-        states += 4 * max(0, placement.resident_numel - placement.companion_numel)
+    states = int(fact.companion_bytes_per_numel * (fact.numel - placement.companion_numel)) - gradients
+    if fact.master_is_values:  # as in persistent_bytes, from the other side
+        states += fact.value_itemsize * max(0, placement.resident_numel - placement.companion_numel)
     on_disk = values * fact.values_on_disk + states * fact.companions_on_disk
     return values + gradients + states - on_disk, on_disk
 
@@ -157,7 +177,8 @@ def _home_bytes(fact: ChunkFacts, placement: Placement) -> tuple[int, int]:
 def first_host_bytes(facts: list[ChunkFacts]) -> int:
     """Host bytes while the model is taken over, before any placement: all values and masters."""
     return sum(
-        fact.value_bytes * (not fact.values_on_disk) + fact.numel * fact.master_itemsize * (not fact.companions_on_disk)
+        fact.value_bytes * (not fact.values_on_disk)
+        + int(fact.numel * fact.first_bytes_per_numel) * (not fact.companions_on_disk)
         for fact in facts
     )
 

@@ -8,7 +8,7 @@ Layouts are nearly homogeneous, so few points tell.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from gemini.plan import ChunkFacts, offload_all, persistent_bytes
@@ -30,16 +30,17 @@ _STRIDES = (8, 32, 128, 512)
 _WORTH = 0.999
 
 
-def fill(facts: list[ChunkFacts], fraction: float, bytes_per_numel: Callable[[ChunkFacts], int]) -> list[int]:
-    """Leading elements per chunk so that their bytes are ``fraction`` of all, exact to one element."""
+def fill(facts: list[ChunkFacts], fraction: float, bytes_per_numel: Callable[[ChunkFacts], float]) -> list[int]:
+    """Leading elements per chunk so that their bytes are ``fraction`` of all, exact to one place to cut."""
     per_numel = [bytes_per_numel(fact) for fact in facts]
     left_bytes = round(fraction * sum(f.numel * b for f, b in zip(facts, per_numel, strict=True)))
     counts = []
     for fact, itemsize in zip(facts, per_numel, strict=True):
-        count = min(fact.numel, left_bytes // itemsize) if itemsize else 0
+        count = min(fact.numel, int(left_bytes // itemsize)) if itemsize else 0
+        count -= 0 if count == fact.numel else count % fact.block_numel
         counts.append(count)
         # Less than one element is left over only where a chunk was cut: nothing goes into those after it.
-        left_bytes = left_bytes - count * itemsize if count == fact.numel or not itemsize else 0
+        left_bytes = left_bytes - int(count * itemsize) if count == fact.numel or not itemsize else 0
     return counts
 
 
@@ -91,6 +92,7 @@ class Search:
         self._all_before = [0, *accumulate(fact.numel for fact in facts)]
         self._trained_before = [0, *accumulate(trained)]
         self._bytes = LeadingBytes(facts)
+        self._cuts_anywhere = all(fact.block_numel == 1 for fact in facts)
         self._whole = {
             (stays, updates): [
                 Placement(f.numel * stays, numel * updates) for f, numel in zip(facts, trained, strict=True)
@@ -242,6 +244,8 @@ class Search:
 
     def _leading_fits(self, resident_numel: int, companion_numel: int) -> bool:
         """:meth:`_fits` of :meth:`_leading`, without making it."""
+        resident_numel = self._cuttable(resident_numel, self._all_before)
+        companion_numel = self._cuttable(companion_numel, self._trained_before)
         # What is used in place: chunks up to where residents end, but for the one that the companions' end cuts.
         whole = bisect_right(self._all_before, resident_numel) - 1
         cut = bisect_left(self._trained_before, companion_numel)
@@ -255,6 +259,8 @@ class Search:
 
     def _leading(self, resident_numel: int, companion_numel: int) -> list[Placement]:
         """So many leading elements of all chunks resident, of the trained ones with companions."""
+        resident_numel = self._cuttable(resident_numel, self._all_before)
+        companion_numel = self._cuttable(companion_numel, self._trained_before)
         num_resident = bisect_right(self._all_before, resident_numel) - 1
         num_companions = bisect_right(self._trained_before, companion_numel) - 1
         first, last = sorted((num_resident, num_companions))
@@ -267,6 +273,13 @@ class Search:
         if rest:
             placements[num_companions] = Placement(placements[num_companions].resident_numel, rest)
         return placements
+
+    def _cuttable(self, numel: int, before: list[int]) -> int:
+        """The next number of leading elements, downwards, at which the chunk there may be cut."""
+        index = bisect_right(before, numel) - 1
+        if self._cuts_anywhere or index == len(self._facts):
+            return numel
+        return numel - (numel - before[index]) % self._facts[index].block_numel
 
     def _resident_counts(self, companion_numel: int) -> Iterator[int]:
         """Numbers of resident elements worth trying beside these companions: the most that fits, and less."""
@@ -320,7 +333,7 @@ class LeadingBytes:
         trained = [fact for fact in facts if fact.companion_bytes_per_numel]
         self._values = _Prefix([(fact.numel, fact.value_itemsize) for fact in facts])
         self._companions = _Prefix([(fact.numel, fact.companion_bytes_per_numel) for fact in trained])
-        self._has_shared = any(fact.value_itemsize == 4 for fact in trained)
+        self._has_shared = any(fact.master_is_values for fact in trained)
 
     def persistent(self, resident_numel: int, companion_numel: int) -> int:
         """As :func:`gemini.plan.persistent_bytes` has it."""
@@ -334,22 +347,22 @@ class LeadingBytes:
             if not fact.companion_bytes_per_numel:
                 continue
             companions, companion_numel = min(fact.numel, companion_numel), max(0, companion_numel - fact.numel)
-            if fact.value_itemsize == 4:
-                num_bytes += 4 * max(0, companions - resident)
+            if fact.master_is_values:
+                num_bytes += fact.value_itemsize * max(0, companions - resident)
         return num_bytes
 
 
 class _Prefix:
-    def __init__(self, parts: list[tuple[int, int]]) -> None:
+    def __init__(self, parts: Sequence[tuple[int, float]]) -> None:
         self._numel = [0, *accumulate(numel for numel, _ in parts)]
-        self._bytes = [0, *accumulate(numel * itemsize for numel, itemsize in parts)]
+        self._bytes = [0, *accumulate(int(numel * itemsize) for numel, itemsize in parts)]
         self._itemsizes = [itemsize for _, itemsize in parts]
 
     def num_bytes(self, numel: int) -> int:
         """Of so many leading elements."""
         index = bisect_right(self._numel, numel) - 1
         rest = numel - self._numel[index]
-        return self._bytes[index] + (rest * self._itemsizes[index] if rest else 0)
+        return self._bytes[index] + (int(rest * self._itemsizes[index]) if rest else 0)
 
 
 def _last_that_fits(low: int, high: int, fits: Callable[[int], bool]) -> int:

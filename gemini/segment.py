@@ -6,23 +6,28 @@ optimizer states, gradients). So fractions of parameters and of states can be ex
 
 What is not on the device is at home: on the host, or for chunks that the host has no room for, on disk
 (:class:`Homes`). Gradients come and go with every step and are always on the host then.
+
+Master and states may be coded (:mod:`gemini.codec`): whoever wants numbers asks :meth:`Segment.read`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from gemini.codec import PIECE_NUMEL, Codec
 from gemini.store import Kind, Store, Tier
 
 MASTER = "master"
-"""Companion key of the fp32 copy of the values that the optimizer updates."""
+"""Companion key of the fp32 copy of the values that the optimizer updates; of a coded one, of its upper part."""
+MASTER_LOW = "master_low"
+"""Companion key of what values leave of a master whose upper part they are."""
 GRADIENT = "gradient"
 """Companion key of the gradient, present from the first gradient of a step on."""
 
-_KINDS = {MASTER: Kind.MASTER, GRADIENT: Kind.GRADIENTS}
+_KINDS = {MASTER: Kind.MASTER, MASTER_LOW: Kind.MASTER, GRADIENT: Kind.GRADIENTS}
 _VALUES = "values"
 _NOTHING = torch.empty(0)
 
@@ -47,8 +52,8 @@ AT_HOME = Homes()
 class Segment:
     """Elements ``[start, stop)`` of a chunk.
 
-    ``values`` is authoritative: a gathered copy is made from it and updates are written to it. In fp32 with both on the
-    device, or both not, the master *is* the values, and no second buffer exists.
+    ``values`` is authoritative: a gathered copy is made from it and updates are written to it. In fp32, and where master
+    and states are coded, with both on the device, or both not, the master *is* the values, and no second buffer exists.
     """
 
     start: int
@@ -57,6 +62,7 @@ class Segment:
     companion_tier: Tier
     values: torch.Tensor
     companions: dict[str, torch.Tensor] = field(default_factory=dict)
+    codec: Codec | None = None
 
     @property
     def numel(self) -> int:
@@ -95,13 +101,117 @@ class Segment:
             ValueError: it exists with another dtype.
         """
         if key not in self.companions:
-            buffer = store.allocate(self.tier_of(key), kind_of(key), self.numel, dtype)
+            part = None if self.codec is None else self.codec.part(key)
+            numel = self.numel if part is None else part.numel(self.numel)
+            buffer = store.allocate(self.tier_of(key), kind_of(key), numel, dtype)
             # Other memory comes zero-filled; touching it here would only make the machine write it twice.
             self.companions[key] = buffer.zero_() if self.updates_on_device else buffer
         buffer = self.companions[key]
         if buffer.dtype != dtype:
             raise ValueError(f"companion {key} has dtype {buffer.dtype}, {dtype} was asked for")
         return buffer
+
+    # -- what is in it -----------------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of :meth:`read`, gradients among them."""
+        if self.codec is None:
+            return list(self.companions)
+        return [*self.codec.states, *(key for key in (GRADIENT,) if key in self.companions)]
+
+    def codes(self, key: str | None) -> bool:
+        """Whether a companion is not what its buffer holds."""
+        return self.codec is not None and key in self.codec.states
+
+    def decoded(self, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """Master and states of elements ``[start, stop)`` of the chunk, in fp32: views where they are not coded."""
+        if self.codec is None:
+            inside = slice(start - self.start, stop - self.start)
+            return {key: buffer[inside] for key, buffer in self.companions.items() if key != GRADIENT}
+        return self.codec.decode(*self._coded(start, stop))
+
+    def encode(self, states: Mapping[str, torch.Tensor], start: int, stop: int, step: int | None) -> None:
+        """Writes what :meth:`decoded` returned of whole blocks; see :meth:`gemini.codec.Codec.encode`."""
+        if self.codec is not None:
+            self.codec.encode(states, *self._coded(start, stop), start, step)
+
+    def read(self, key: str | None, start: int, stop: int) -> torch.Tensor:
+        """Elements ``[start, stop)`` of the chunk of a companion, or of the values (``key`` None).
+
+        A view where they lie as they are; else on the host.
+
+        Raises:
+            KeyError: there is no such companion.
+        """
+        if key is None or not self.codes(key):
+            held = self.values if key is None else self.companions[key]
+            return held[start - self.start : stop - self.start]
+        found = torch.empty(stop - start, dtype=torch.float32)
+        for first, last, on_host in self._on_host(start, stop):
+            states = on_host.decoded(first, last)
+            left, right = max(start, first), min(stop, last)
+            found[left - start : right - start] = states[key][left - first : right - first]
+        return found
+
+    def write(self, store: Store, states: Mapping[str, torch.Tensor], start: int, step: int | None = None) -> None:
+        """Writes companions, each made if need be, from element ``start`` of the chunk on.
+
+        Args:
+            store: gives memory.
+            states: by key, of one length.
+            start: first element of the chunk.
+            step: see :meth:`gemini.codec.Codec.encode`.
+        """
+        coded = {key: source for key, source in states.items() if self.codes(key)}
+        for key, source in states.items():
+            if key not in coded:
+                present = self.companions.get(key)
+                target = self.companion(store, key, source.dtype if present is None else present.dtype)
+                target[start - self.start : start - self.start + source.numel()].copy_(source)
+        if not coded:
+            return
+        stop = start + next(iter(coded.values())).numel()
+        for first, last, on_host in self._on_host(start, stop):
+            changed = on_host.decoded(first, last)
+            left, right = max(start, first), min(stop, last)
+            for key, source in coded.items():
+                changed[key][left - first : right - first] = source[left - start : right - start]
+            on_host.encode(changed, first, last, step)
+            for key, buffer in on_host.companions.items():
+                if self.companions[key].device != buffer.device:  # else it is no copy
+                    self.companions[key][self._inside(key, first, last)].copy_(buffer)
+
+    def write_values(self, store: Store, source: torch.Tensor, start: int) -> None:
+        """Writes values, and the master where there is one, from element ``start`` of the chunk on."""
+        inside = slice(start - self.start, start - self.start + source.numel())
+        if MASTER in self.companions:
+            self.write(store, {MASTER: source}, start)
+        if not self.master_is_values:
+            self.values[inside].copy_(source if self.codec is None else self.companions[MASTER][inside])
+
+    def _inside(self, key: str, start: int, stop: int) -> slice:
+        """Where a companion has elements of whole blocks of the chunk."""
+        part = None if self.codec is None else self.codec.part(key)
+        block_numel = 1 if part is None else part.block_numel
+        return slice((start - self.start) // block_numel, -(-(stop - self.start) // block_numel))
+
+    def _coded(self, start: int, stop: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        parts = {key: buffer[self._inside(key, start, stop)] for key, buffer in self.companions.items()}
+        return parts, parts[MASTER]
+
+    def _on_host(self, start: int, stop: int) -> Iterator[tuple[int, int, Segment]]:
+        """Whole blocks that hold ``[start, stop)``, a few at a time: first element, last, and a segment on the host."""
+        block_numel = 1 if self.codec is None else self.codec.block_numel
+        start -= (start - self.start) % block_numel
+        stop = min(self.stop, stop + -(stop - self.start) % block_numel)
+        keys = [key for key in self.companions if key != GRADIENT]
+        for first in range(start, stop, PIECE_NUMEL):
+            last = min(first + PIECE_NUMEL, stop)
+            companions = {key: self.companions[key][self._inside(key, first, last)].cpu() for key in keys}
+            yield first, last, Segment(first, last, Tier.HOST, Tier.HOST, companions[MASTER], companions, self.codec)
+
+    # -- giving back -------------------------------------------------------------------------------------------------
 
     def drop(self, store: Store, key: str) -> None:
         """Frees a companion; a master that is the values is only forgotten."""
@@ -192,7 +302,8 @@ def rebuild(old: list[Segment], placement: Placement, store: Store, homes: Homes
     bounds = placement.bounds(old[0].start, old[-1].stop, homes)
     if [(s.start, s.stop, s.value_tier, s.companion_tier) for s in old] == bounds:
         return old
-    new = [Segment(*bound, values=_NOTHING) for bound in bounds]
+    new = [Segment(*bound, values=_NOTHING, codec=old[0].codec) for bound in bounds]
+    _require_whole_blocks(new)
     joint = _master_follows_values(old)
     holders = {key: [s for s in old if key in (_VALUES, *s.companions)] for key in _keys(old)}
     present = placement_of(old)
@@ -209,8 +320,14 @@ def rebuild(old: list[Segment], placement: Placement, store: Store, homes: Homes
     return new
 
 
+def _require_whole_blocks(segments: Sequence[Segment]) -> None:
+    codec = segments[0].codec
+    if codec is not None and any((s.start - segments[0].start) % codec.block_numel for s in segments):
+        raise ValueError(f"coded states can be cut at multiples of {codec.block_numel} elements only")
+
+
 def _keys(segments: Sequence[Segment]) -> list[str]:
-    """What is carried as one: the values (in fp32 with their master), then each companion."""
+    """What is carried as one: the values (with a master that has their bits), then each companion."""
     keys = dict.fromkeys(key for segment in segments for key in segment.companions)
     if _master_follows_values(segments):
         keys.pop(MASTER)
@@ -218,8 +335,8 @@ def _keys(segments: Sequence[Segment]) -> list[str]:
 
 
 def _master_follows_values(segments: Sequence[Segment]) -> bool:
-    """In fp32 the master has the values' bits, as one buffer or as two."""
-    return segments[0].values.dtype == torch.float32 and any(MASTER in s.companions for s in segments)
+    """In fp32, and where it is coded, the master has the values' bits, as one buffer or as two."""
+    return any(MASTER in s.companions and s.companions[MASTER].dtype == s.values.dtype for s in segments)
 
 
 def _device_bytes(segments: Sequence[Segment], placement: Placement, key: str) -> int:
@@ -227,7 +344,14 @@ def _device_bytes(segments: Sequence[Segment], placement: Placement, key: str) -
         both = _master_follows_values(segments)
         numel = max(placement.resident_numel, placement.companion_numel) if both else placement.resident_numel
         return numel * segments[0].values.dtype.itemsize
-    return placement.companion_numel * _widest(segments, key).itemsize
+    return _entries(segments, key, placement.companion_numel) * _widest(segments, key).itemsize
+
+
+def _entries(segments: Sequence[Segment], key: str, numel: int) -> int:
+    """Entries that a companion has for so many elements."""
+    codec = segments[0].codec
+    part = None if codec is None else codec.part(key)
+    return numel if part is None else part.numel(numel)
 
 
 def _widest(segments: Iterable[Segment], key: str) -> torch.dtype:
@@ -246,9 +370,9 @@ def _has(segment: Segment, key: str) -> bool:
 def _carry(key: str, old: list[Segment], new: list[Segment], store: Store, joint: bool) -> None:
     """Moves one buffer from old segments to new ones through host memory; if that fails, puts it back."""
     first, last = min(old[0].start, new[0].start), max(old[-1].stop, new[-1].stop)
-    whole = torch.zeros(last - first, dtype=_widest(old, key))
+    whole = torch.zeros(_entries(old, key, last - first), dtype=_widest(old, key))
     for segment in old:
-        whole[segment.start - first : segment.stop - first].copy_(_source(segment, key, joint))
+        _part_of(whole, key, segment, first).copy_(_source(segment, key, joint))
         _free(segment, key, store, joint)
     try:
         _fill(key, new, whole, first, store, joint)
@@ -259,6 +383,11 @@ def _carry(key: str, old: list[Segment], new: list[Segment], store: Store, joint
         raise
 
 
+def _part_of(whole: torch.Tensor, key: str, segment: Segment, first: int) -> torch.Tensor:
+    start = _entries([segment], key, segment.start - first)
+    return whole[start : start + _entries([segment], key, segment.numel)]
+
+
 def _source(segment: Segment, key: str, joint: bool) -> torch.Tensor:
     if key != _VALUES:
         return segment.companions[key]
@@ -267,7 +396,7 @@ def _source(segment: Segment, key: str, joint: bool) -> torch.Tensor:
 
 def _fill(key: str, segments: list[Segment], whole: torch.Tensor, first: int, store: Store, joint: bool) -> None:
     for segment in segments:
-        inside = whole[segment.start - first : segment.stop - first]
+        inside = _part_of(whole, key, segment, first)
         if key != _VALUES:
             segment.companion(store, key, whole.dtype).copy_(inside)
             continue

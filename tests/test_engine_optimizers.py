@@ -372,7 +372,7 @@ def test_kernel_is_chosen_by_what_it_can_do() -> None:
     model = llama()
     for optimizer, native in ((optim.AdamW(model.parameters()), True), (optim.Adam(model.parameters()), True),
                               (optim.AdamW(model.parameters(), amsgrad=True), False),
-                              (optim.SGD(model.parameters()), False)):  # fmt: skip
+                              (optim.RMSprop(model.parameters()), False)):  # fmt: skip
         config = config_of(recipe("llama"), **CPU, optimizer={"kernel": "auto"})
         engine, *_ = zero.initialize(model, optimizer, config=config)
         assert (engine.optimizer.updater._kernel is not None) == native

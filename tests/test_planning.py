@@ -45,7 +45,7 @@ _NAMES = [name if name in _QUICK else pytest.param(name, marks=pytest.mark.full)
 class TestOptimizers:
     @pytest.mark.parametrize("name", _NAMES)
     def test_every_optimizer_can_be_planned_for(self, name: str) -> None:
-        states = {"sgd": 0, "adagrad": 1, "rmsprop": 1}.get(name)
+        states = {"sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}.get(name)
         facts = planned("--optimizer.name", name).dry.facts
         if states is not None:
             assert {fact.companion_bytes_per_numel for fact in facts} == {4 + 4 * states}, "gradient and states"

@@ -29,7 +29,6 @@ from zero.gradient import forget_gradient, settle_gradient, unmanage, zero_gradi
 from zero.guard import CastGuard
 from zero.memory_report import MemoryReport, report_of
 from zero.optim.chunked import ZeroOptimizer, require_ours
-from zero.optim.elementwise import state_bytes_per_numel
 from zero.optim.native import NativeKernel
 from zero.passes import PassPlanner
 from zero.precision import clip_coefficient, require_loss
@@ -106,8 +105,7 @@ class Engine(WindowVerbs):
         self._host = arena(device, config.memory.pin, budget_bytes)
         if optimizer is not None:
             require_ours(optimizer, model)  # before anything is touched
-        state_bytes = state_bytes_per_numel(optimizer) if optimizer is not None else 0
-        managed = take_over(model, config, device, state_bytes, self._accumulation > 1, self._host, exchange)
+        managed = take_over(model, config, device, optimizer, self._accumulation > 1, self._host, exchange)
         self.optimizer: ZeroOptimizer | None = None
         self.manager = managed.manager
         with contextlib.ExitStack() as undo:  # a refusal leaves model and optimizer as they were
@@ -145,7 +143,7 @@ class Engine(WindowVerbs):
         undo.callback(CastGuard(self.module).remove)
         if optimizer is not None:
             updater = make_updater(optimizer, managed, self.config, self._queue, kernel)
-            self._planner.step_bytes = update_bytes(optimizer, self.facts, self.device)
+            self._planner.step_bytes = update_bytes(optimizer, self.config, self.facts, self.device)
             self.optimizer = ZeroOptimizer(
                 optimizer, self.manager, self._tensors, updater, self.step, self.zero_grad, self._hooks.settle_outside
             )

@@ -18,10 +18,9 @@ from zero.errors import UserError
 from zero.launcher import current_config
 from zero.loader import LoaderView, shard_loader
 from zero.optim.native import NativeKernel, load_native, native_status
+from zero.optim.native_choice import BY_ITSELF, why_not_native
 from zero.ranks import join_ranks, make_exchange
 from zero.setup import make_device
-
-_NATIVE = (torch.optim.AdamW, torch.optim.Adam)
 
 
 def initialize(
@@ -79,23 +78,10 @@ def choose_kernel(config: Config, optimizer: torch.optim.Optimizer | None) -> Na
         UserError: ``optimizer.kernel = "native"`` cannot be had.
     """
     wish = config.optimizer.kernel
-    if wish == "torch" or optimizer is None:
+    if wish == "torch" or optimizer is None or (wish == "auto" and type(optimizer) not in BY_ITSELF):
         return None
-    reason = _not_native(optimizer)
+    reason = why_not_native(optimizer)
     kernel = load_native() if reason is None else None
     if wish == "native" and kernel is None:
         raise UserError(f'optimizer.kernel = "native": {reason or native_status()}; use "auto" or "torch"')
     return kernel
-
-
-def _not_native(optimizer: torch.optim.Optimizer) -> str | None:
-    """Why the native kernel does not do what this optimizer does; None if it does."""
-    if type(optimizer) not in _NATIVE:
-        return f"the native kernel is AdamW and Adam, the optimizer is {type(optimizer).__name__}"
-    for group in optimizer.param_groups:
-        for option in ("amsgrad", "capturable", "differentiable"):
-            if group.get(option):
-                return f"the native kernel has no {option}"
-        if any(isinstance(group[key], torch.Tensor) for key in ("lr",)):
-            return "the native kernel takes lr as a number, not a tensor"
-    return None

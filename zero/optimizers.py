@@ -9,11 +9,13 @@ from torch import nn
 
 from zero.config.schema import Config
 from zero.errors import UserError
+from zero.optim.lion import Lion
 
 _CLASSES = {
     name.lower(): getattr(torch.optim, name)
     for name in ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop")
 }
+_CLASSES["lion"] = Lion
 _NO_DECAY = ("bias", "norm", "ln_", "layernorm")
 
 

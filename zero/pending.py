@@ -63,7 +63,7 @@ class Stored:
         return self._values
 
     def jobs(self, start: int | None, targets: list[torch.Tensor]) -> list[Callable[[], None]]:
-        """Pieces of work that write the values into tensors of this shape and any dtypes; see :data:`gemini.chunk.Read`."""
+        """Pieces of work that write the values into tensors of this shape and any dtypes (:class:`gemini.views.Read`)."""
         if self._values is None:
             return self.weights.jobs(self.name, *targets, through=self.dtype, first=start)
         return [functools.partial(read_tensor, self._values, start, targets)]
@@ -254,19 +254,32 @@ class Reading:
         """Starts."""
         return self
 
-    def __call__(self, parameter: torch.Tensor, start: int | None, targets: list[torch.Tensor]) -> None:
-        """Takes one parameter's values to tensors; see :data:`gemini.chunk.Read`.
+    def __call__(
+        self,
+        parameter: torch.Tensor,
+        start: int | None,
+        targets: list[torch.Tensor],
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """Takes one parameter's values to tensors; see :class:`gemini.views.Read`.
 
         Raises:
             UserError: a file of an earlier one cannot be read.
         """
         if not isinstance(parameter, PendingTensor):
-            read_tensor(parameter, start, targets)
+            read_tensor(parameter, start, targets, then)
             return
         for job in parameter.load_into(start, targets):
             self._running.append(self._pool.submit(job))
             if len(self._running) > _MAX_QUEUED:
                 self._running.popleft().result()
+        if then is not None:  # which has targets in memory of its own: no more than one parameter's at a time
+            self._wait()
+            then()
+
+    def _wait(self) -> None:
+        while self._running:
+            self._running.popleft().result()
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         """Waits for everything; after an error only for what has started.
@@ -275,8 +288,8 @@ class Reading:
             UserError: a file cannot be read.
         """
         try:
-            while kind is None and self._running:
-                self._running.popleft().result()
+            if kind is None:
+                self._wait()
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 

@@ -29,11 +29,11 @@ from zero.config.schema import Config
 from zero.dryrun import CannotWalkError, models_own_code, walk, walk_again, walk_evaluation
 from zero.engine import Engine
 from zero.models.build import dress, model_config, set_checkpointing
-from zero.optim.elementwise import temporary_bytes_per_numel
 from zero.optim.update import step_bytes
 from zero.optimizers import build_optimizer
 from zero.setup import make_policy
 from zero.sharding import Division, DryExchange
+from zero.updating import update_bytes_per_numel
 
 logger = logging.getLogger("zero")
 
@@ -206,7 +206,7 @@ def dry_run(
         model.train()
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = build_optimizer(model, config)
-        update_bytes = temporary_bytes_per_numel(optimizer)
+        update_bytes = update_bytes_per_numel(optimizer, config)
         exchange = DryExchange(Division(0, num_ranks, config.parallel.replicate)) if num_ranks > 1 else ALONE
         num_in_turn = config.train.num_in_turn
         num_walked = SHORT if num_in_turn > SHORT + 1 else num_in_turn

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from gemini.arena import HostArena
 from gemini.chunk import Chunk
 from gemini.device import AcceleratorDevice, Device, HostDevice
 from gemini.disk import DiskArena
-from gemini.exchange import ALONE, Exchange, Shard
+from gemini.exchange import ALONE, Exchange
 from gemini.heap import give_back_free_memory
 from gemini.homes import spill
 from gemini.hostinfo import host_memory
@@ -33,6 +35,9 @@ from gemini.transfer import Transfer
 from zero.config.schema import Config
 from zero.errors import UserError
 from zero.gradient import ManagedParameter, manage
+from zero.optim.coded import FormatCodec, align_numel, codec_of, format_of
+from zero.optim.elementwise import state_bytes_per_numel
+from zero.optim.formats import StateFormat
 from zero.pending import Reading, is_pending, release
 from zero.precision import LossScaler
 from zero.probing import profile_of
@@ -144,7 +149,7 @@ def take_over(
     model: nn.Module,
     config: Config,
     device: Device,
-    state_bytes_per_numel: int,
+    optimizer: torch.optim.Optimizer | None,
     accumulates: bool,
     host: HostArena,
     exchange: Exchange = ALONE,
@@ -155,22 +160,25 @@ def take_over(
         model: the user's.
         config: for dtype and chunk bytes.
         device: where gathered copies will live.
-        state_bytes_per_numel: of the optimizer's elementwise states.
+        optimizer: whose states there will be.
         accumulates: gradients are summed over micro-batches, in fp32.
         host: gives host memory.
         exchange: with the other ranks that own a part of each chunk.
 
     Raises:
-        UserError: a parameter cannot be managed.
+        UserError: a parameter cannot be managed, or states cannot be as the config wants them.
     """
+    form = format_of(config, optimizer)
     dtype = DTYPES[config.precision.dtype]
     units = find_units(model)
     _refuse_what_cannot_be_managed(model, units)
-    layouts = build_layout(_unit_specs(model, units, dtype), config.memory.chunk)
+    layouts = build_layout(_unit_specs(model, units, dtype), config.memory.chunk, partial(align_numel, form))
+    codecs = _codecs(layouts, form, config.train.seed)
     parameters = {name: p for unit in units for name, p in unit.parameters}
+    state_bytes = 0 if optimizer is None else state_bytes_per_numel(optimizer)
     facts = [
-        _facts(layout, exchange.shard(layout), config, state_bytes_per_numel, accumulates, exchange is not ALONE)
-        for layout in layouts
+        _facts(layout, codec, exchange, config, state_bytes, accumulates)
+        for layout, codec in zip(layouts, codecs, strict=True)
     ]
     limit_bytes = _host_limit_bytes(model, config, exchange)
     if config.memory.disk is not None:
@@ -178,19 +186,12 @@ def take_over(
     spare_bytes = limit_bytes - host_bytes(facts, [Placement() for _ in facts])
     store, transfer = Store(device, host, DiskArena(config.memory.disk)), Transfer(device)
     with Reading() as read:
-        chunks = [
-            Chunk(
-                layout,
-                [parameters[e.spec.name] for e in layout.entries],
-                store,
-                transfer,
-                keep_master=layout.trainable,
-                read=read,
-                exchange=exchange,
-                homes=fact.homes,
-            )
-            for layout, fact in zip(layouts, facts, strict=True)
-        ]
+
+        def chunk_of(layout: ChunkLayout, fact: ChunkFacts, codec: FormatCodec | None) -> Chunk:
+            own: list[torch.Tensor] = [parameters[entry.spec.name] for entry in layout.entries]
+            return Chunk(layout, own, store, transfer, layout.trainable, read, exchange, fact.homes, codec)
+
+        chunks = [chunk_of(*about) for about in zip(layouts, facts, codecs, strict=True)]
     release(model)
     give_back_free_memory()
     tensors = {id(t.parameter): t for chunk in chunks for t in chunk.tensors}
@@ -228,18 +229,28 @@ def _host_limit_bytes(model: nn.Module, config: Config, exchange: Exchange) -> i
     return free_bytes if config.memory.host is None else min(free_bytes, config.memory.host // exchange.num_local)
 
 
+def _codecs(layouts: list[ChunkLayout], form: StateFormat, seed: int) -> list[FormatCodec | None]:
+    first = [0, *accumulate(layout.numel for layout in layouts)]
+    return [
+        codec_of(form, layout.dtype, layout.trainable, seed, index)
+        for layout, index in zip(layouts, first, strict=False)
+    ]
+
+
 def _facts(
     layout: ChunkLayout,
-    shard: Shard,
+    codec: FormatCodec | None,
+    exchange: Exchange,
     config: Config,
     state_bytes_per_numel: int,
     accumulates: bool,
-    many_ranks: bool,
 ) -> ChunkFacts:
     """Gradients keep the dtype they come in; sums, over micro-batches or ranks, are fp32 unless asked otherwise."""
+    shard = exchange.shard(layout)
+    many_ranks = exchange is not ALONE
     sums = accumulates or (many_ranks and (config.precision.reduce == "fp32" or shard.is_whole))
     itemsize = 4 if sums else layout.dtype.itemsize
-    return chunk_facts(layout, shard, state_bytes_per_numel, itemsize)
+    return chunk_facts(layout, shard, state_bytes_per_numel, itemsize, codec)
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -56,7 +56,7 @@ class Division:
         if not self.is_shared(layout):
             return Shard(0, layout.numel, layout.numel)
         per_rank = -(-layout.numel // self.num_ranks)
-        per_rank += -per_rank % ALIGN_NUMEL
+        per_rank += -per_rank % max(ALIGN_NUMEL, layout.align_numel)
         return Shard(rank * per_rank, (rank + 1) * per_rank, self.num_ranks * per_rank)
 
 

@@ -11,6 +11,7 @@ from gemini.jobs import HostQueue
 from gemini.plan import ChunkFacts
 from zero.config.schema import Config
 from zero.optim.chunked import ZeroOptimizer
+from zero.optim.coded import coding_bytes_per_numel, format_of
 from zero.optim.elementwise import temporary_bytes_per_numel
 from zero.optim.native import NativeKernel
 from zero.optim.update import ChunkUpdater, device_piece_numel, step_bytes
@@ -36,16 +37,21 @@ def make_updater(
         manager.transfer,
         queue,
         kernel,
-        device_piece_numel=device_piece_numel(manager.device.capacity_bytes),
+        device_piece_numel=device_piece_numel(manager.device.capacity_bytes, managed.facts),
         early_bytes=_early_bytes(config, queue, managed),
     )
     manager.gradients_are_there = updater.early.gradients_are_there
     return updater
 
 
-def update_bytes(optimizer: torch.optim.Optimizer, facts: list[ChunkFacts], device: Device) -> int:
+def update_bytes_per_numel(optimizer: torch.optim.Optimizer, config: Config) -> int:
+    """Temporaries of an update in torch's arithmetic, per element."""
+    return temporary_bytes_per_numel(optimizer) + coding_bytes_per_numel(format_of(config, optimizer))
+
+
+def update_bytes(optimizer: torch.optim.Optimizer, config: Config, facts: list[ChunkFacts], device: Device) -> int:
     """Temporaries of an update on the device, where companions lie on it."""
-    return step_bytes(facts, temporary_bytes_per_numel(optimizer), device.capacity_bytes)
+    return step_bytes(facts, update_bytes_per_numel(optimizer, config), device.capacity_bytes)
 
 
 def updates_allowed(optimizer: ZeroOptimizer | None, factor: float | None) -> contextlib.AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from gemini.codec import PIECE_NUMEL
 from gemini.layout import ParameterSpec
 from gemini.segment import GRADIENT as GRADIENT_KEY
 from gemini.segment import MASTER
@@ -83,9 +84,11 @@ class Source:
             return
         chunk, offset = self.chunk_tensor.chunk, self.chunk_tensor.entry.offset
         for segment, left, right in chunk.pieces_before_update(offset + self.start, offset + self.stop):
-            held = segment.values if self._key is None else segment.companions[self._key]
-            for block in in_blocks(held[left - segment.start : right - segment.start]):
-                yield block.to(self.dtype)
+            # What is coded is read in parts: it comes as new tensors.
+            step = PIECE_NUMEL if segment.codes(self._key) else right - left
+            for at in range(left, right, step):
+                for block in in_blocks(segment.read(self._key, at, min(at + step, right))):
+                    yield block.to(self.dtype)
 
     @property
     def _key(self) -> str | None:
@@ -230,7 +233,7 @@ def _state_sources(engine: Engine, tensor: ChunkTensor) -> list[Source]:
     return [
         _of(tensor, OPTIMIZER + key, dtype)
         for key, dtype in engine.optimizer.updater.keys.items()
-        if all(key in segment.companions for segment, _, _ in pieces)
+        if all(key in segment.keys for segment, _, _ in pieces)
     ]
 
 

@@ -81,8 +81,12 @@ def _forget_states(engine: Engine) -> None:
     store = engine.manager.store
     for chunk in engine.manager.chunks:
         for segment in chunk.segments:
-            for key in [key for key in segment.companions if key != MASTER]:
-                segment.drop(store, key)
+            states = [key for key in segment.keys if key != MASTER]
+            zeros = torch.zeros(segment.numel if segment.codec is not None else 0)
+            segment.write(store, {key: zeros for key in states if segment.codes(key)}, segment.start)
+            for key in states:
+                if not segment.codes(key):
+                    segment.drop(store, key)
         chunk.has_sums = False
         for tensor in chunk.tensors:
             tensor.has_gradient, tensor.gradient_norm = False, None
@@ -118,15 +122,11 @@ def _put(engine: Engine, tensor: ChunkTensor, role: str, start: int, block: torc
     chunk, first = tensor.chunk, tensor.entry.offset + start
     for segment, left, right in chunk.pieces(first, first + block.numel()):
         source = block[left - first : right - first]
-        inside = slice(left - segment.start, right - segment.start)
         if role == PARAMETER:
-            if MASTER in segment.companions:
-                segment.companions[MASTER][inside].copy_(source)
-            if not segment.master_is_values:
-                segment.values[inside].copy_(source)
+            segment.write_values(engine.manager.store, source, left)
         else:
             key = GRADIENT_KEY if role == GRADIENT else role.removeprefix(OPTIMIZER)
-            segment.companion(engine.manager.store, key, block.dtype)[inside].copy_(source)
+            segment.write(engine.manager.store, {key: source}, left)
 
 
 # -- gradients of an open window -------------------------------------------------------------------------------------

@@ -60,10 +60,26 @@ def _scale_order(config: Config) -> Iterator[Finding]:
 
 
 def _kernel(config: Config) -> Iterator[Finding]:
-    if config.optimizer.kernel == "native" and config.optimizer.name != "adamw":
+    if config.optimizer.kernel == "native" and config.optimizer.name not in ("adamw", "adam", "sgd", "lion"):
         yield Finding(
-            f'optimizer.kernel = "native": only adamw has a native kernel, the optimizer is {config.optimizer.name}; '
-            'use "auto" or "torch"'
+            'optimizer.kernel = "native": only adamw, adam, sgd and lion have a native kernel, the optimizer is '
+            f'{config.optimizer.name}; use "auto" or "torch"'
+        )
+
+
+def _optimizer_state(config: Config) -> Iterator[Finding]:
+    state, dtype, name = config.precision.optimizer_state, config.precision.dtype, config.optimizer.name
+    if state == "fp32":
+        return
+    if dtype != "bf16":
+        yield Finding(
+            f'precision.optimizer_state = "{state}": the weights are the upper half of the fp32 master then, which needs '
+            f'precision.dtype = "bf16", not "{dtype}"; set that or optimizer_state = "fp32"'
+        )
+    if name not in ("adamw", "adam"):
+        yield Finding(
+            f'precision.optimizer_state = "{state}": holds the states of adamw and adam, not those of {name}; set '
+            'optimizer_state = "fp32" or choose one of these'
         )
 
 
@@ -146,6 +162,7 @@ _CHECKS = (
     _Check(("device.type", "device.memory"), _device),
     _Check(("precision.dtype", "precision.initial_scale", "precision.min_scale", "precision.max_scale"), _scale_order),
     _Check(("optimizer.name", "optimizer.kernel"), _kernel),
+    _Check(("precision.optimizer_state", "precision.dtype", "optimizer.name"), _optimizer_state),
     _Check(("scheduler.warmup_ratio", "scheduler.warmup_steps", "train.max_steps"), _warmup),
     _Check(("parallel.tensor", "parallel.tensor.mode", "parallel.tensor.size", "parallel.tensor.depth"), _tensor),
     _Check(("train.eval_steps", "data.train", "data.eval", "data.eval_fraction"), _evaluation),

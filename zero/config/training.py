@@ -30,6 +30,7 @@ OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
     "adamw": ("betas", "eps", "weight_decay"),
     "adam": ("betas", "eps", "weight_decay"),
     "sgd": ("momentum", "weight_decay"),
+    "lion": ("betas", "weight_decay"),
     "rmsprop": ("eps", "momentum", "weight_decay"),
     "adagrad": ("eps", "weight_decay"),
     "nadam": ("betas", "eps", "weight_decay"),
@@ -65,29 +66,45 @@ class OptimizerSection(Section):
     """The optimizer that `zero train` builds. Your own loop builds its own and leaves this table out."""
 
     name: Annotated[
-        Literal["adamw", "adam", "sgd", "rmsprop", "adagrad", "nadam", "radam", "adamax", "adadelta", "asgd", "rprop"],
+        Literal[
+            "adamw",
+            "adam",
+            "sgd",
+            "lion",
+            "rmsprop",
+            "adagrad",
+            "nadam",
+            "radam",
+            "adamax",
+            "adadelta",
+            "asgd",
+            "rprop",
+        ],
         BeforeValidator(_elementwise),
     ] = "adamw"
-    """Which optimizer, by the name of its torch.optim class in lower case. Only elementwise ones work on chunks."""
+    """Which optimizer, by the name of its torch.optim class in lower case; `lion` is `zero.optim.lion.Lion`. Only
+    elementwise ones work on chunks."""
 
     lr: NonNegativeNumber = 5e-5
     """Learning rate at its highest; the scheduler multiplies it."""
 
     betas: Betas = (0.9, 0.999)
-    """Decay of the two moments, per step. Only for adamw, adam, nadam, radam and adamax."""
+    """Decay of the two moments, per step; lion's authors advise [0.9, 0.99]. Only for adamw, adam, lion, nadam, radam and
+    adamax."""
 
     eps: NonNegativeNumber | None = None
     """Added to the denominator. Unset: torch's own default for that optimizer (1e-8 for adamw)."""
 
     weight_decay: NonNegativeNumber = 0.0
-    """Weight decay per unit of learning rate (adamw) or as an L2 term in the gradient (the others)."""
+    """Weight decay per unit of learning rate (adamw, lion) or as an L2 term in the gradient (the others)."""
 
     momentum: OpenFraction = 0.0
     """Momentum of sgd and rmsprop."""
 
     kernel: Literal["auto", "native", "torch"] = "auto"
-    """Who computes the update on the CPU: `native` is the C AdamW of this package, `torch` is torch's own arithmetic
-    bit for bit, `auto` takes native where it could be built and the optimizer is adamw."""
+    """Who computes the update on the CPU: `native` is the C kernel of this package (adamw, adam, lion and sgd), `torch` is
+    torch's own arithmetic bit for bit, `auto` takes native where it could be built and the optimizer is adamw, adam or
+    lion."""
 
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Threads that update parameters on the CPU while the device goes on to the next forward pass; results are the same

@@ -183,7 +183,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             return {}
         state = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in scalars.items()}
         for key in self.updater.keys:
-            if all(key in segment.companions for segment, _, _ in self._pieces(tensor)):
+            if all(key in segment.keys for segment, _, _ in self._pieces(tensor)):
                 state[key] = tensor.chunk.companion_of(tensor, key)
         return state
 
@@ -234,7 +234,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         scalars: dict[str, Any] = {}
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim() > 0:
-                self.updater.keys.setdefault(key, value.dtype)
+                coded = any(segment.codes(key) for segment, _, _ in self._pieces(tensor))
+                self.updater.keys.setdefault(key, torch.float32 if coded else value.dtype)
                 tensor.chunk.write_companion(tensor, key, value.detach())
             else:
                 scalars[key] = value.clone() if isinstance(value, torch.Tensor) else value

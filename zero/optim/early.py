@@ -16,7 +16,7 @@ import torch
 
 from gemini.arena import HostMemoryError
 from gemini.chunk import Chunk
-from gemini.segment import MASTER, Segment
+from gemini.segment import GRADIENT, Segment
 from gemini.store import Kind, Store, Tier
 from gemini.tensor import ChunkTensor
 from zero.optim.work import ChunkWork, Group, Scalars, captured
@@ -121,7 +121,7 @@ class EarlyUpdates:
         work = self._work(chunk)
         if work is None:
             return
-        overwritten = [buffer for segment in work.segments for buffer in _overwritten(segment, self._updater.keys)]
+        overwritten = [buffer for segment in work.segments for buffer in _overwritten(segment)]
         kept = self._snapshots.take(overwritten)
         if kept is None:
             return
@@ -174,9 +174,9 @@ class EarlyUpdates:
         return True
 
 
-def _overwritten(segment: Segment, keys: dict[str, torch.dtype]) -> list[torch.Tensor]:
+def _overwritten(segment: Segment) -> list[torch.Tensor]:
     """Host buffers that an update writes."""
-    buffers = [segment.companions[key] for key in (MASTER, *keys)]
+    buffers = [buffer for key, buffer in segment.companions.items() if key != GRADIENT]
     if not segment.master_is_values and segment.value_tier is not Tier.DEVICE:
         buffers.append(segment.values)
     return buffers

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gemini.tracker import StorageTracker
 from zero.errors import UserError
+from zero.optim.lion import Lion
 
 _REASONS = {
     "Adafactor": "keeps row and column averages of whole matrices",
@@ -30,7 +31,7 @@ _ADVICE = f"chunks hold flat pieces of parameters. Use one of {', '.join(sorted(
 def require_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Raises UserError unless the optimizer treats each element alone.
 
-    torch's own are known; any other class is tried on a small matrix, whole and in two parts.
+    torch's own and ours are known; any other class is tried on a small matrix, whole and in two parts.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimizer: {type(optimizer).__name__} is not a torch.optim.Optimizer")
@@ -38,7 +39,7 @@ def require_elementwise(optimizer: torch.optim.Optimizer) -> None:
     for kind in type(optimizer).__mro__:
         if kind.__name__ in _REASONS and kind.__module__.startswith("torch"):
             raise UserError(f"optimizer: {name} is not elementwise: it {_REASONS[kind.__name__]}; {_ADVICE}")
-    if type(optimizer).__module__.startswith("torch.optim") and name in _KNOWN:
+    if type(optimizer) is Lion or (type(optimizer).__module__.startswith("torch.optim") and name in _KNOWN):
         return
     reason = _why_not(optimizer)
     if reason is not None:

@@ -24,10 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemini.segment import MASTER
+from gemini.segment import MASTER, MASTER_LOW
 from zero.errors import ConfigError
 
-MASTER_LOW = "master_low"
 MEAN, SQUARE = "exp_avg", "exp_avg_sq"
 MEAN_SCALE, SQUARE_SCALE = "exp_avg_scale", "exp_avg_sq_scale"
 BLOCK_NUMEL = 256
@@ -70,10 +69,10 @@ class Noise:
         state = _splitmix(_splitmix(self.seed & (2**64 - 1)) ^ (self.step & (2**64 - 1)))
         return state & _WORD, state >> 32
 
-    def words(self, numel: int) -> Tensor:
-        """Return 32 random bits for each element, in int64."""
+    def words(self, numel: int, device: torch.device | None = None) -> Tensor:
+        """Return 32 random bits for each element, in int64, made on ``device``."""
         key0, key1 = self.key()
-        index = torch.arange(self.index, self.index + numel, dtype=torch.int64)
+        index = torch.arange(self.index, self.index + numel, dtype=torch.int64, device=device or "cpu")
         x = (index & _WORD) ^ _mix(((index >> 32) * 0x9E3779B9 + key0) & _WORD)
         x = ((x ^ x >> 16) * 0x7FEB352D + key1) & _WORD
         x = (x ^ x >> 15) * 0x846CA68B & _WORD
@@ -174,9 +173,10 @@ class SplitFormat(StateFormat):
         """See :meth:`StateFormat.encode`.
 
         Raises:
-            ValueError: an element of exp_avg_sq is negative.
+            ValueError: an element of exp_avg_sq is negative. What comes with ``noise`` comes from an update, and is not
+                looked at: on a device that would be waited for.
         """
-        if bool((states[SQUARE] < 0).any()):
+        if noise is None and bool((states[SQUARE] < 0).any()):
             raise ValueError("exp_avg_sq has negative elements: these are not the states of Adam")
         rest = _round_to_even(states[MASTER], values)
         buffers[MASTER_LOW].copy_(torch.where(rest == 0x8000, -0x8000, rest))
@@ -207,7 +207,7 @@ class Bf16Format(StateFormat):
             buffers[MEAN].copy_(states[MEAN])
             buffers[SQUARE].copy_(states[SQUARE])
             return
-        words = noise.words(values.numel())
+        words = noise.words(values.numel(), values.device)
         buffers[MEAN].copy_(_round_bf16_at_random(states[MEAN], words & 0xFFFF))
         buffers[SQUARE].copy_(_round_bf16_at_random(states[SQUARE], words >> 16))
 
@@ -247,7 +247,7 @@ class EightBitFormat(StateFormat):
         """See :meth:`StateFormat.encode`."""
         master = states[MASTER]
         numel = master.numel()
-        words = None if noise is None else noise.words(numel)
+        words = None if noise is None else noise.words(numel, values.device)
         # Half of the least step rounds to nearest: exactly, but for ties, which go up.
         extra = 0x80 if words is None else words >> 24
         bits = ((master.view(torch.int32).to(torch.int64) + extra) & -0x100).to(torch.int32).view(torch.float32)

@@ -46,23 +46,17 @@ def cut_blocks(tensor: ChunkTensor, segments: Sequence[Segment]) -> list[tuple[i
 
 
 def join(segments: Sequence[Segment], start: int, stop: int) -> Segment:
-    """A segment of host copies of the block's companions."""
+    """A segment of host copies of the block's companions, none of them coded."""
     pieces = list(overlaps(segments, start, stop))
-    keys = [key for key in pieces[0][0].companions if all(key in segment.companions for segment, _, _ in pieces)]
-    parts = {
-        key: [segment.companions[key][left - segment.start : right - segment.start] for segment, left, right in pieces]
-        for key in keys
-    }
+    keys = [key for key in pieces[0][0].keys if all(key in segment.keys for segment, _, _ in pieces)]
+    parts = {key: [segment.read(key, left, right) for segment, left, right in pieces] for key in keys}
     companions = {key: torch.cat([part.cpu() for part in of_key]) for key, of_key in parts.items()}
     return Segment(start, stop, Tier.HOST, Tier.HOST, torch.empty(0), companions)
 
 
-def put_back(segments: Sequence[Segment], joined: Segment, store: Store) -> None:
-    """Writes what has become of a joined block to the segments that own it."""
+def put_back(segments: Sequence[Segment], joined: Segment, store: Store, step: int) -> None:
+    """Writes what has become of a joined block in an update to the segments that own it."""
     for segment, left, right in overlaps(segments, joined.start, joined.stop):
-        for key, values in joined.companions.items():
-            if key != GRADIENT:
-                target = segment.companion(store, key, values.dtype)
-                target[left - segment.start : right - segment.start].copy_(
-                    values[left - joined.start : right - joined.start]
-                )
+        inside = slice(left - joined.start, right - joined.start)
+        states = {key: values[inside] for key, values in joined.companions.items() if key != GRADIENT}
+        segment.write(store, states, left, step)

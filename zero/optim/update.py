@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from gemini.chunk import Chunk
+from gemini.codec import PIECE_NUMEL
 from gemini.holdings import nothing
 from gemini.jobs import HostQueue
 from gemini.plan import ChunkFacts
@@ -22,18 +23,24 @@ from gemini.segment import GRADIENT, MASTER, Segment
 from gemini.store import Store, Tier
 from gemini.tensor import ChunkTensor
 from gemini.transfer import Transfer
+from zero.optim.coded import FormatCodec
 from zero.optim.early import EarlyUpdates, Snapshots
 from zero.optim.elementwise import run, shadow_of
+from zero.optim.formats import BLOCK_NUMEL as _CODED_NUMEL
+from zero.optim.formats import FP32
 from zero.optim.native import NativeKernel
+from zero.optim.native_choice import rule_of, scalars_after
 from zero.optim.straddle import BLOCK_NUMEL, cut_blocks, join, put_back
 from zero.optim.work import ChunkWork, Group, Piece, Scalars, captured
 
 
-def device_piece_numel(capacity_bytes: int) -> int:
+def device_piece_numel(capacity_bytes: int, facts: Sequence[ChunkFacts]) -> int:
     """Most elements per torch call on a device: temporaries count against its capacity, so they get a small share.
 
-    In whole blocks, as torch's fused kernels take them: see :mod:`zero.optim.straddle`.
+    In whole blocks, as torch's fused kernels take them (:mod:`zero.optim.straddle`), and as states are coded in.
     """
+    if any(fact.coded_bytes_per_numel for fact in facts):  # which are decoded for the call
+        return min(PIECE_NUMEL, max(1 << 8, capacity_bytes // 4096)) // _CODED_NUMEL * _CODED_NUMEL
     return min(1 << 24, max(1 << 10, capacity_bytes // 1024)) // BLOCK_NUMEL * BLOCK_NUMEL
 
 
@@ -42,11 +49,12 @@ def step_bytes(facts: Sequence[ChunkFacts], temporary_bytes_per_numel: int, capa
 
     Args:
         facts: of all chunks.
-        temporary_bytes_per_numel: see :func:`zero.optim.elementwise.temporary_bytes_per_numel`.
+        temporary_bytes_per_numel: of :func:`zero.optim.elementwise.temporary_bytes_per_numel`, and of
+            :func:`zero.optim.coded.coding_bytes_per_numel`.
         capacity_bytes: of the device.
     """
     trained = [fact for fact in facts if fact.companion_bytes_per_numel]
-    most_numel = min(device_piece_numel(capacity_bytes), max((fact.numel for fact in trained), default=0))
+    most_numel = min(device_piece_numel(capacity_bytes, facts), max((fact.numel for fact in trained), default=0))
     narrow_numel = max((fact.numel for fact in trained if fact.value_itemsize < 4), default=0)
     # A piece's gradient in fp32 and the optimizer's own; a whole gradient in fp32 while its norm is taken.
     return max(most_numel * (4 + temporary_bytes_per_numel), 4 * narrow_numel)
@@ -85,6 +93,8 @@ class ChunkUpdater:
         device_piece_numel: the same on the device, where temporaries count against its capacity.
         early_bytes: host memory for what updates inside backward overwrite; 0: there are none.
 
+    On a worker of the queue the kernel has its share of torch's threads.
+
     Attributes:
         groups: of every parameter that is updated, with its hyperparameters.
         early: updates that begin inside backward.
@@ -104,12 +114,14 @@ class ChunkUpdater:
         early_bytes: int = 0,
     ) -> None:
         self._optimizer = optimizer
+        self._kind = type(optimizer)
         self.groups: dict[ChunkTensor, Group] = {}
         self._store = store
         self._transfer = transfer
         self._queue = queue
         self._kernel = kernel
         self._piece_numel = {True: device_piece_numel, False: piece_numel}  # by whether it is on the device
+        self._num_threads = 1
         self._of_thread = threading.local()
         self.scalars: dict[ChunkTensor, Scalars] = ScalarsByTensor()
         self.keys: dict[str, torch.dtype] = {}
@@ -133,8 +145,8 @@ class ChunkUpdater:
         self.scalars.pop(tensor, None)
         tensor.chunk.before_change()
         for segment, left, right in tensor.chunk.pieces(tensor.entry.offset, tensor.entry.stop):
-            for key in self.keys.keys() & segment.companions.keys():
-                segment.companions[key][left - segment.start : right - segment.start].zero_()
+            zeros = {key: torch.zeros(right - left) for key in segment.keys if key in self.keys}
+            segment.write(self._store, zeros, left)
 
     def makes_states_on_device(self, chunks: list[Chunk]) -> bool:
         """Whether the next update creates states in places that a plan has given to states already there."""
@@ -153,6 +165,7 @@ class ChunkUpdater:
             factor: gradients are multiplied by it first (1 / loss scale x clip coefficient).
         """
         coming: list[ChunkWork] = []
+        self._num_threads = max(1, torch.get_num_threads() // self._queue.num_workers)
         now = {id(group): captured(group) for group in {id(g): g for g in self.groups.values()}.values()}
         for chunk in chunks:
             groups = {t: now[id(self.groups[t])] for t in chunk.tensors if t.has_gradient and t in self.groups}
@@ -213,11 +226,11 @@ class ChunkUpdater:
                 if self._kernel is not None and self._is_native(segment):
                     self._native(self._kernel, work, segment)
                 else:
-                    for pieces in work.batches(segment, self._piece_numel[segment.updates_on_device]):
+                    for pieces in work.batches(segment, self._most_numel(segment)):
                         self._torch_step(work, segment, pieces)
         for tensor in work.groups:
             if self._kernel is not None:
-                self.scalars[tensor] = {"step": torch.tensor(float(work.native_step(tensor)))}
+                self.scalars[tensor] = scalars_after(self._kind, work.native_step(tensor))
             elif work.rounds_by_position(tensor):
                 self._joint_steps(work, tensor)
             if self._kernel is None and not work.is_owned(tensor):
@@ -231,11 +244,17 @@ class ChunkUpdater:
         """
         if self._kernel is None:
             return False
-        return not segment.updates_on_device or (self._store.device.is_host and not segment.master_is_values)
+        in_fp32 = segment.master_is_values and segment.codec is None
+        return not segment.updates_on_device or (self._store.device.is_host and not in_fp32)
 
     def _is_beside(self, segment: Segment) -> bool:
         """Whether values and companions are on the same side of a link."""
         return not segment.values_cross or self._store.device.is_host
+
+    def _most_numel(self, segment: Segment) -> int:
+        """Of a call of torch's arithmetic."""
+        numel = self._piece_numel[segment.updates_on_device]
+        return numel if segment.codec is None else min(numel, PIECE_NUMEL)
 
     def _on(self, segment: Segment, numel: int = 0) -> contextlib.AbstractContextManager[Any]:
         return self._store.device.update_activity(numel) if segment.updates_on_device else contextlib.nullcontext()
@@ -259,7 +278,7 @@ class ChunkUpdater:
             joined = join(work.segments, start, stop)
             known = set(joined.companions)
             self._torch_step(work, joined, [Piece(tensor, 0, stop - start)])
-            put_back(work.segments, joined, self._store)
+            put_back(work.segments, joined, self._store, work.native_step(tensor))
             for key in joined.companions.keys() - known:  # states of the first step
                 joined.drop(self._store, key)
 
@@ -268,10 +287,11 @@ class ChunkUpdater:
         state: dict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
         owners: list[tuple[Piece, torch.Tensor]] = []
         for piece in pieces:
-            master = segment.companions[MASTER][piece.start : piece.stop]
+            states = segment.decoded(segment.start + piece.start, segment.start + piece.stop)
+            master = states[MASTER]
             gradient = segment.companions[GRADIENT][piece.start : piece.stop].to(torch.float32)
             master.grad = gradient.mul_(work.factor) if work.factor != 1.0 else gradient
-            state[master] = self._state_of(segment, piece, work.before[piece.tensor])
+            state[master] = self._state_of(states, work.before[piece.tensor])
             group = work.groups[piece.tensor]
             by_group.setdefault(id(group), (group, []))[1].append(master)
             owners.append((piece, master))
@@ -286,27 +306,30 @@ class ChunkUpdater:
             shadow.param_groups = []
             shadow.state = {}  # type: ignore[assignment]
         for piece, master in owners:
-            self._keep(segment, piece, state[master])
             master.grad = None
+            self._keep(segment, piece, state[master])
+            if segment.codec is not None:
+                start, stop = segment.start + piece.start, segment.start + piece.stop
+                segment.encode({MASTER: master, **state[master]}, start, stop, work.native_step(piece.tensor))
 
-    def _state_of(self, segment: Segment, piece: Piece, scalars: Scalars | None) -> dict[str, Any]:
-        """The state a torch optimizer expects of this piece: views of companions, copies of scalars."""
+    def _state_of(self, states: dict[str, torch.Tensor], scalars: Scalars | None) -> dict[str, Any]:
+        """The state a torch optimizer expects of a piece: views of companions, copies of scalars."""
         if scalars is None:
             return {}  # the optimizer makes its own on the first step
         state = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in scalars.items()}
-        for key in self.keys:
-            if key in segment.companions:
-                state[key] = segment.companions[key][piece.start : piece.stop]
+        state.update({key: states[key] for key in self.keys if key in states})
         return state
 
     def _keep(self, segment: Segment, piece: Piece, state: dict[str, Any]) -> None:
-        """After a step: scalars to the tensor, elementwise states that are new to companions."""
+        """After a step: scalars to the tensor, elementwise states that are new to companions if they are not coded."""
         scalars: Scalars = {}
         for key, value in state.items():
             if not (isinstance(value, torch.Tensor) and value.dim() > 0):
                 scalars[key] = value
                 continue
             self.keys.setdefault(key, value.dtype)
+            if segment.codes(key):
+                continue
             companion = segment.companion(self._store, key, value.dtype)[piece.start : piece.stop]
             if companion.data_ptr() != value.data_ptr():
                 companion.copy_(value)
@@ -315,25 +338,24 @@ class ChunkUpdater:
     # -- native ------------------------------------------------------------------------------------------------------
 
     def _native(self, kernel: NativeKernel, work: ChunkWork, segment: Segment) -> None:
-        moments = [segment.companion(self._store, key, torch.float32) for key in ("exp_avg", "exp_avg_sq")]
-        self.keys.update(exp_avg=torch.float32, exp_avg_sq=torch.float32)
-        writes_values = self._is_beside(segment) and not segment.master_is_values
+        groups = {id(group): group for group in work.groups.values()}.values()
+        for key in {key for group in groups for key in rule_of(self._kind, group, 1, True, 1.0).moments}:
+            self.keys[key] = torch.float32
+            if not segment.codes(key):
+                segment.companion(self._store, key, torch.float32)
+        codec = segment.codec if isinstance(segment.codec, FormatCodec) else None
+        out = segment.values if self._is_beside(segment) and not segment.master_is_values else None
         for part in work.native_runs(segment):
-            inside, group = slice(part.start, part.stop), part.group
-            kernel.adamw(
-                segment.companions[MASTER][inside],
-                moments[0][inside],
-                moments[1][inside],
-                segment.companions[GRADIENT][inside],
-                segment.values[inside] if writes_values else None,
-                lr=float(group["lr"]),
-                betas=(float(group["betas"][0]), float(group["betas"][1])),
-                eps=float(group["eps"]),
-                weight_decay=float(group["weight_decay"]),
-                step=part.step,
-                grad_scale=work.factor,
-                decoupled=bool(group.get("decoupled_weight_decay", False)),
-                maximize=bool(group.get("maximize", False)),
+            kernel.step(
+                rule_of(self._kind, part.group, part.step, part.first, work.factor),
+                segment.companions,
+                segment.companions[GRADIENT],
+                out if codec is None else segment.companions[MASTER],
+                form=FP32 if codec is None else codec.form,
+                noise=None if codec is None else codec.noise(segment.start, part.step),
+                start=part.start,
+                stop=part.stop,
+                num_threads=self._num_threads,
             )
 
     # -- new values --------------------------------------------------------------------------------------------------
@@ -343,6 +365,9 @@ class ChunkUpdater:
         crossing: list[torch.Tensor | None] = []
         for segment in work.segments:
             master = segment.companions[MASTER]
+            if segment.codec is not None:  # it is their new values
+                crossing.append(master if segment.values_cross else None)
+                continue
             done = segment.master_is_values or (self._is_native(segment) and self._is_beside(segment))
             crosses = segment.values_cross and not done
             with self._on(segment):

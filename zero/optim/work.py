@@ -39,6 +39,8 @@ class NativeRun:
     stop: int
     group: Group
     step: int
+    first: bool
+    """Whether they have no states yet."""
 
 
 @dataclass(frozen=True)
@@ -127,17 +129,19 @@ class ChunkWork:
         run: NativeRun | None = None
         for piece in self.pieces(segment, in_blocks=False):
             group, step = self.groups[piece.tensor], self.native_step(piece.tensor)
-            if run is not None and run.stop == piece.start and run.group is group and run.step == step:
-                run = NativeRun(run.start, piece.stop, group, step)
+            first = self.before[piece.tensor] is None
+            same = run is not None and run.group is group and (run.step, run.first) == (step, first)
+            if run is not None and same and run.stop == piece.start:
+                run = NativeRun(run.start, piece.stop, group, step, first)
                 continue
             if run is not None:
                 yield run
-            run = NativeRun(piece.start, piece.stop, group, step)
+            run = NativeRun(piece.start, piece.stop, group, step, first)
         if run is not None:
             yield run
 
     def native_step(self, tensor: ChunkTensor) -> int:
-        """Number of this update of a parameter, from 1."""
+        """Number of this update of a parameter, from 1; always 1 for optimizers that do not count."""
         return int((self.before[tensor] or {}).get("step", 0)) + 1
 
 

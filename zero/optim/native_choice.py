@@ -1,0 +1,50 @@
+"""Which optimizers the native kernel makes steps of, and what such a step is in its words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from zero.optim.lion import Lion
+from zero.optim.native_rules import AdamRule, LionRule, Rule, SgdRule
+
+BY_ITSELF = (torch.optim.AdamW, torch.optim.Adam, Lion)
+"""Optimizers that take the native kernel where nobody says otherwise. Of SGD torch's own arithmetic is as fast."""
+_KINDS = (*BY_ITSELF, torch.optim.SGD)
+
+
+def why_not_native(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why the native kernel does not do what this optimizer does; None if it does."""
+    if type(optimizer) not in _KINDS:
+        names = ", ".join(kind.__name__ for kind in _KINDS)
+        return f"the native kernel is one of {names}, the optimizer is {type(optimizer).__name__}"
+    for group in optimizer.param_groups:
+        for option in ("amsgrad", "capturable", "differentiable"):
+            if group.get(option):
+                return f"the native kernel has no {option}"
+        if isinstance(group["lr"], torch.Tensor):
+            return "the native kernel takes lr as a number, not a tensor"
+    return None
+
+
+def rule_of(kind: type[torch.optim.Optimizer], group: dict[str, Any], step: int, first: bool, factor: float) -> Rule:
+    """A step of an optimizer.
+
+    Args:
+        kind: its class.
+        group: hyperparameters.
+        step: number of the step, from 1.
+        first: whether the parameters have no states yet.
+        factor: gradients are multiplied by it.
+    """
+    if kind is Lion:
+        return LionRule.of_group(group, factor)
+    if kind is torch.optim.SGD:
+        return SgdRule.of_group(group, first, factor)
+    return AdamRule.of_group(group, step, factor)
+
+
+def scalars_after(kind: type[torch.optim.Optimizer], step: int) -> dict[str, Any]:
+    """What the optimizer keeps of a parameter after that step beside states of its length."""
+    return {} if kind in (Lion, torch.optim.SGD) else {"step": torch.tensor(float(step))}
