@@ -15,7 +15,7 @@ import torch
 from gemini.codec import Codec
 from gemini.device import Event
 from gemini.exchange import ALONE, Exchange
-from gemini.gradients import flat_gradient, reserve, send
+from gemini.gradients import flat_gradient, must_widen, reserve, send
 from gemini.holdings import Holdings
 from gemini.layout import ChunkLayout, Entry, joined
 from gemini.segment import AT_HOME, Homes, Placement, rebuild
@@ -275,21 +275,31 @@ class Chunk(Holdings):
     def deliver(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
         """Sends a gradient straight to its owner, without a slot (the chunk is free, or resident)."""
         with torch.no_grad():
-            self.deliver_all({tensor: flat_gradient(gradient, tensor.entry.spec)})
-        self.settle_arrivals()  # the gradient's memory is autograd's: it goes when this returns
+            flat = flat_gradient(gradient, tensor.entry.spec)
+            self.deliver_all({tensor: flat})
+        if self.shard.is_whole:
+            self._transfer.let_go(flat)  # it is autograd's, and may go when this returns
+        else:
+            self.settle_arrivals()
 
     def deliver_all(self, gradients: Mapping[ChunkTensor, torch.Tensor]) -> None:
         """Sends flat gradients without a slot; they must be kept until :meth:`settle_arrivals`."""
         if not self.shard.is_whole:
             self._send_to_owners(gradients, [(t.entry.offset, flat) for t, flat in gradients.items()])
             return
-        segments = self.segments
+        self.settle_update()
         for tensor, flat in gradients.items():
-            start, stop = tensor.entry.offset, tensor.entry.stop
-            reserve(segments, self._store, start, stop, flat.dtype, not tensor.has_gradient)
+            self._reserve(tensor, flat.dtype)
         for tensor, flat in gradients.items():
             first, tensor.has_gradient = not tensor.has_gradient, True
-            self.expect(send(segments, self._store, self._transfer, tensor.entry.offset, flat, first))
+            self.expect(send(self._segments, self._store, self._transfer, tensor.entry.offset, flat, first))
+
+    def _reserve(self, tensor: ChunkTensor, dtype: torch.dtype) -> None:
+        """Makes room for a gradient, so that sending it cannot fail."""
+        start, stop, first = tensor.entry.offset, tensor.entry.stop, not tensor.has_gradient
+        if not first and must_widen(self._segments, start, stop):
+            self.settle_arrivals()  # what is on its way to the narrow one
+        reserve(self._segments, self._store, start, stop, dtype, first)
 
     def _send(self, tensors: Sequence[ChunkTensor]) -> None:
         """Sends gradients out of their slots, neighbours in one copy. All or, where memory lacks, none.
@@ -301,14 +311,10 @@ class Chunk(Holdings):
             self._send_to_owners(tensors, [(start, self.buffer[start:stop]) for start, stop in owned])
             return
         self.settle_update()
-        if any(tensor.has_gradient for tensor in tensors):
-            self.settle_arrivals()  # what is to be added to may have to move
         runs: list[list[ChunkTensor]] = []
         for tensor in tensors:
             entry, before = tensor.entry, runs[-1][-1] if runs else None
-            reserve(
-                self._segments, self._store, entry.offset, entry.stop, self.layout.dtype, first=not tensor.has_gradient
-            )
+            self._reserve(tensor, self.layout.dtype)
             if before and before.entry.stop == entry.offset and before.has_gradient == tensor.has_gradient:
                 runs[-1].append(tensor)
             else:

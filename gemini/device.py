@@ -69,6 +69,9 @@ class Stream(ABC):
     def wait_compute(self) -> None:
         """Later copies wait for all computation issued so far (they read what it wrote)."""
 
+    def part_with(self, buffer: torch.Tensor) -> None:  # noqa: B027 - most allocators know which streams use a block
+        """Memory goes while copies of it may be queued; they still read what it holds now."""
+
 
 class Device(ABC):
     """One accelerator as the manager sees it.

@@ -43,6 +43,12 @@ def reserve(segments: Sequence[Segment], store: Store, start: int, stop: int, dt
         _owned(segment, store, dtype if first else torch.float32)
 
 
+def must_widen(segments: Sequence[Segment], start: int, stop: int) -> bool:
+    """Whether a sum over elements ``[start, stop)`` needs other memory than the gradient that is there."""
+    owners = [segment.companions.get(GRADIENT) for segment, _, _ in overlaps(segments, start, stop)]
+    return any(present is not None and present.dtype != torch.float32 for present in owners)
+
+
 def send(
     segments: Sequence[Segment], store: Store, transfer: Transfer, start: int, source: torch.Tensor, first: bool
 ) -> list[Arrival]:

@@ -197,13 +197,8 @@ class Schedule:
         work = self._work[position]
         clock.compute(work.duration_s, work.num_ops, f"{moment.phase} {moment.label}" if self._draws else "")
 
-    def send(self, moment: Moment, resident: list[bool]) -> None:
-        """The gradients that a moment has completed leave.
-
-        Args:
-            moment: whose they are.
-            resident: by chunk, whether it is used where it lies.
-        """
+    def send(self, moment: Moment) -> None:
+        """The gradients that a moment has completed leave."""
         for chunk in moment.gradients:
             fact = self._facts[chunk]
             numel = fact.numel - self._placements[chunk].companion_numel
@@ -215,8 +210,6 @@ class Schedule:
                 self._settle_arrival(chunk)
             self._on_way[chunk] = _OnWay(arrives_s, num_bytes, numel if self._num_passes else 0)
             self._on_way_bytes += num_bytes
-            if resident[chunk]:  # what it comes from is autograd's, and goes
-                self._settle_arrival(chunk)
             while self._on_way_bytes > self._run.most_bytes_on_way:
                 self._settle_arrival(next(iter(self._on_way)))
 

@@ -120,6 +120,10 @@ class Transfer:
             next(iter(self._on_way)).settle()
         return arrival
 
+    def let_go(self, source: torch.Tensor) -> None:
+        """Memory that queued gradients are read from is the program's no more; nobody has written to it."""
+        self._out.part_with(source)
+
     def _arrived(self, arrival: Arrival) -> None:
         del self._on_way[arrival]
         self._on_way_bytes -= arrival.num_bytes

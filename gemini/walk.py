@@ -73,7 +73,6 @@ class Walk:
         prefetch_depth: int,
     ) -> None:
         self._chunk_bytes = chunk_bytes
-        self._resident = [not num_bytes for num_bytes in chunk_bytes]
         self._moments = trace.moments
         self._next_use = next_use
         self._room_bytes = room_bytes
@@ -138,7 +137,7 @@ class Walk:
 
     def _leave(self, moment: Moment, schedule: Schedule) -> None:
         """Copies whose gradients are complete go out with them."""
-        schedule.send(moment, self._resident)
+        schedule.send(moment)
         for chunk in moment.gradients:
             if chunk in self._held:
                 self._drop(chunk)

@@ -196,3 +196,11 @@ def test_the_predicted_peak_is_the_measured_one(where: str, policy: str) -> None
     if where == "cuda":
         assert report.pinned_bytes == report.host_bytes
     engine.close()
+
+
+@pytest.mark.gpu
+def test_liger_computes_the_same_up_to_rounding() -> None:
+    pytest.importorskip("liger_kernel")
+    want, _ = _train("llama", _config("cuda"))
+    got, _ = _train("llama", _config("cuda", train={"liger": True}))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)

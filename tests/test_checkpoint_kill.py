@@ -15,6 +15,7 @@ import pytest
 from tests.checkpoint_helpers import CountingFiles, differences
 from tests.checkpoint_ranks_case import make, place, train, whole_state
 from tests.ranks import run_ranks, try_ranks
+from tests.sampled import sampled
 from zero.checkpoint import files, find_latest, verify
 from zero.checkpoint.files import Files
 
@@ -130,7 +131,7 @@ def test_one_process_is_killed(tmp_path: Path, step: int, asynchronous: bool) ->
     assert len(folders) >= (60 if step == 1 else 5)
 
 
-@pytest.mark.parametrize("victims", [[0], [1], [0, 1]], ids=str)
+@pytest.mark.parametrize("victims", sampled([[0], [1], [0, 1]], 2), ids=str)
 @pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.full)])
 def test_ranks_are_killed(tmp_path: Path, step: int, victims: list[int]) -> None:
     """One of two dies, or both, at the same place: nobody hangs, and both go on from a complete checkpoint."""

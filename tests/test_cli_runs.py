@@ -66,6 +66,7 @@ class TestExtending:
         rates = [line["lr"] for line in comparable_metrics(out) if "lr" in line]
         assert rates == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
 
+    @pytest.mark.full
     def test_a_resume_with_nothing_left_to_do_changes_nothing(self, tmp_path: Path) -> None:
         short = (*CONSTANT, "--train.max_steps", "2")
         out = tmp_path / "out"
@@ -124,6 +125,7 @@ class TestRestarted:
         assert "step-00000003 at step 3" in capsys.readouterr().out
         assert [line["step"] for line in read_metrics(out) if "loss" in line] == [1, 2, 3, 4]
 
+    @pytest.mark.full
     def test_an_earlier_run_is_not(self, tmp_path: Path, restarted: Callable[[bool], None], capsys: Output) -> None:
         out = tmp_path / "out"
         restarted(False)
@@ -132,6 +134,7 @@ class TestRestarted:
         assert "no checkpoint to resume from: starting anew" in capsys.readouterr().out
         assert len(read_metrics(out / "earlier-1")) > len(read_metrics(out))
 
+    @pytest.mark.full
     def test_progress_beyond_the_checkpoint_that_was_named_is_kept(
         self, tmp_path: Path, restarted: Callable[[bool], None], capsys: Output
     ) -> None:
@@ -238,6 +241,7 @@ class TestNothingLearnt:
         assert "6 steps in a row had a loss or gradient that is not finite" in capsys.readouterr().err
         assert not (tmp_path / "nan" / "model").exists()
 
+    @pytest.mark.full
     def test_a_resume_past_the_end_says_so(self, tmp_path: Path, capsys: Output) -> None:
         assert train(tmp_path, tmp_path / "out", "--train.max_steps", "2") == 0
         assert train(tmp_path, tmp_path / "out", "--train.max_steps", "1", *RESUME) == 0
@@ -284,6 +288,7 @@ class TestFolders:
         assert "over the config that was given" in capsys.readouterr().err
         assert listing(tmp_path) == before
 
+    @pytest.mark.full
     def test_the_model_that_is_trained_is_not_written_over(self, tmp_path: Path, capsys: Output) -> None:
         out = tmp_path / "out"
         assert train(tmp_path, out, "--train.max_steps", "1") == 0

@@ -23,6 +23,7 @@ from tests.reference import (
     run_engine,
     run_plain,
 )
+from tests.sampled import sampled
 
 CPU = {"capacity_bytes": LARGE_BYTES, "policy": "cpu"}
 
@@ -188,7 +189,7 @@ def _checkpointed(build: Callable[[], nn.Module], reentrant: bool) -> Callable[[
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("policy", [pytest.param("cpu", marks=pytest.mark.full), "auto"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sampled(MODELS, 2))
 def test_activation_checkpointing(name: str, policy: str, reentrant: bool) -> None:
     whole = Recipe(_checkpointed(MODELS[name], reentrant), batches())
     capacity_bytes = int(least_capacity(whole) * 1.1)

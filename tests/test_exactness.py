@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from tests import exactness, zoo
+from tests.sampled import sampled
 
 _MOST_ROOM = 0.02
 _exact: set[str] = set()
 
 
-@pytest.mark.parametrize("model_type", zoo.BUILT)
+@pytest.mark.parametrize("model_type", sampled(zoo.BUILT, 2))
 def test_architecture_trains_exactly(model_type: str) -> None:
     want = exactness.plain(model_type)
     least_bytes = exactness.least_capacity(model_type)
@@ -42,7 +43,8 @@ def test_every_architecture_is_accounted_for(
         print(f"\nexactness: {len(zoo.ARCHITECTURES)} architectures, {len(zoo.BUILT)} built, {len(_exact)} exact")
         for name, reason in sorted(zoo.NOT_BUILT.items()):
             print(f"  not built: {name}: {reason}")
-    assert _exact == collected
+    # Tests that run side by side are several processes, none of which sees them all.
+    assert _exact <= collected if hasattr(request.config, "workerinput") else _exact == collected
 
 
 def _is_ours(item: pytest.Item) -> bool:

@@ -111,12 +111,12 @@ MATRIX = [
 @pytest.mark.parametrize(("place", "kind", "culprit"), MATRIX)
 def test_no_rank_waits_for_ever(place: str, kind: str, culprit: int, tmp_path: Path) -> None:
     began_s = time.monotonic()
-    ended = try_ranks(faulty_run, 2, place, kind, culprit, str(tmp_path), timeout_s=40, group_timeout_s=TIMEOUT_S)
+    ended = try_ranks(faulty_run, 2, place, kind, culprit, str(tmp_path), timeout_s=90, group_timeout_s=TIMEOUT_S)
     survivor = ended[1 - culprit]
     assert survivor.exit_code == 1, survivor.problem
     assert "it hung" not in (survivor.problem or "")
     assert not ended[culprit].well
-    assert time.monotonic() - began_s < 40
+    assert time.monotonic() - began_s < 90  # of which a busy machine takes most
     said = (survivor.problem or "").strip().splitlines()[-1]
     if place in ("save", "load") and kind == "raise":  # said by the save or load itself, on all ranks
         assert "CheckpointError" in said

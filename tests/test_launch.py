@@ -171,6 +171,7 @@ class TestRealLaunches:
         assert "PeerLostError" not in err
         assert "elastic" not in err
 
+    @pytest.mark.full
     def test_a_forked_child_is_no_rank(self, tmp_path: Path) -> None:
         options = ("--nprocs", "2", script(tmp_path, SUM), "fork")
         code, out, err = finish(start(tmp_path, "-m", "zero", "run", *options))
@@ -188,6 +189,7 @@ class TestRealLaunches:
         assert "all ranks start again, restart 1 of 1" in err
         assert out.startswith("total 3.0 restarts 1 ")
 
+    @pytest.mark.full
     def test_what_a_rank_refuses_is_said_once_and_not_tried_again(self, tmp_path: Path) -> None:
         options = ("--nprocs", "2", "--max-restarts", "5")
         code, out, err = finish(start(tmp_path, "-m", "zero", "run", *options, script(tmp_path, SUM), "refuse"))

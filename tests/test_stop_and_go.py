@@ -135,7 +135,7 @@ MATRIX = [
 
 @pytest.mark.parametrize(
     ("num_ranks", "accumulation", "num_workers", "micro_steps", "stops"),
-    [(1, 2, 0, FEW, [3, 4]), (2, 2, 0, FEW, [1, 6]), *MATRIX],
+    [pytest.param(1, 2, 0, FEW, [3, 4], marks=pytest.mark.full), (2, 2, 0, FEW, [1, 6]), *MATRIX],
 )
 def test_stopped_and_gone_on_is_never_stopped(
     num_ranks: int, accumulation: int, num_workers: int, micro_steps: int, stops: list[int] | None, tmp_path: Path

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gemini.plan import DoesNotFitError
-from tests.direct_case import Net, Play, inputs, managed, mean_square, named, run_plain
+from tests.direct_case import Net, Play, inputs, managed, mean_square, run_plain
+from tests.sampled import sampled
 
 Round = Callable[[Play, int], None]
 NUM_ROUNDS = 4
@@ -107,7 +108,8 @@ def _plain(one: Round) -> list[Any]:
 
 @pytest.mark.parametrize(
     "one",
-    named(steady, evaluation_between, own_evaluation_between, second_forward, norms_between, gathered_after),
+    sampled([steady, evaluation_between, own_evaluation_between, second_forward, norms_between, gathered_after], 3),
+    ids=lambda one: one.__name__,
 )
 def test_auto_runs_wherever_cpu_runs(one: Round) -> None:
     """``managed`` and ``check`` see to it that the books balance and the device is never over capacity."""

@@ -16,6 +16,7 @@ from zero.dryrun import Blueprint
 from zero.engine import Engine
 from zero.errors import UserError
 from zero.launcher import current_config
+from zero.liger import use_liger
 from zero.loader import LoaderView, shard_loader
 from zero.optim.native import NativeKernel, load_native, native_status
 from zero.optim.native_choice import BY_ITSELF, why_not_native
@@ -60,6 +61,8 @@ def initialize(
     device = device or make_device(resolved)
     # A copy without memory, from which a refusal can tell how large a device would be large enough.
     blueprint = None if isinstance(device, HostDevice) else Blueprint(model)
+    if resolved.train.liger:  # the copy is walked through without a device, where no such kernel runs
+        use_liger(model, device)
     exchange = make_exchange(resolved, world)
     engine = Engine(model, optimizer, criterion, resolved, device, kernel, blueprint=blueprint, exchange=exchange)
     if world is not None:  # all ranks come here with the same loaders, or without the same

@@ -83,6 +83,14 @@ def _optimizer_state(config: Config) -> Iterator[Finding]:
         )
 
 
+def _liger(config: Config) -> Iterator[Finding]:
+    if config.train.liger and config.device.type in ("cpu", "simulated"):
+        yield Finding(
+            f'train.liger = true: Liger\'s kernels are made for GPUs, and device.type = "{config.device.type}"; set '
+            "train.liger = false"
+        )
+
+
 def _warmup(config: Config) -> Iterator[Finding]:
     scheduler, train = config.scheduler, config.train
     if scheduler.warmup_ratio and scheduler.warmup_steps:
@@ -163,6 +171,7 @@ _CHECKS = (
     _Check(("precision.dtype", "precision.initial_scale", "precision.min_scale", "precision.max_scale"), _scale_order),
     _Check(("optimizer.name", "optimizer.kernel"), _kernel),
     _Check(("precision.optimizer_state", "precision.dtype", "optimizer.name"), _optimizer_state),
+    _Check(("train.liger", "device.type"), _liger),
     _Check(("scheduler.warmup_ratio", "scheduler.warmup_steps", "train.max_steps"), _warmup),
     _Check(("parallel.tensor", "parallel.tensor.mode", "parallel.tensor.size", "parallel.tensor.depth"), _tensor),
     _Check(("train.eval_steps", "data.train", "data.eval", "data.eval_fraction"), _evaluation),

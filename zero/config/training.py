@@ -215,6 +215,11 @@ class TrainSection(Section):
     """Compile each block with torch.compile: faster steps after a first one that takes a minute or more. Results are those
     of plain PyTorch up to rounding. Give zero.initialize() the model uncompiled."""
 
+    liger: bool = False
+    """Compute norms, rotary positions and gated layers with Liger's Triton kernels (extra: pip install
+    "gemini-zero[liger]"): faster, and less memory for activations. Results are those of plain PyTorch up to rounding. Only
+    on a GPU and for the models that Liger knows, which OPT and GPT-2 are not among."""
+
     chunked_loss: bool | Literal["auto"] = "auto"
     """Compute the loss from the last hidden states piece by piece, so that the logits of a large batch are never on the
     device as a whole: results are those of plain PyTorch up to rounding, and to the bit for small batches. `auto` is
