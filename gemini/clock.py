@@ -151,9 +151,10 @@ class Clock:
         return self.update_s
 
     def update_now(self, numel: int, label: str = "") -> None:
-        """The program itself updates on the host."""
-        start_s = self.host_s
-        self.host_s += self.profile.host_update_s(numel)
+        """The program itself updates on the host: with the cores and the memory that updates beside it would need."""
+        start_s = max(self.update_s, self.host_s)
+        self.wait(start_s, label)
+        self.host_s = self.update_s = start_s + self.profile.host_update_s(numel)
         self._note(UPDATE, label, start_s, self.host_s)
 
     def touch_host_memory(self, num_bytes: float, label: str = "") -> None:

@@ -220,6 +220,10 @@ class Device(ABC):
         del numel
         return self.activity()
 
+    def host_updates(self, numel: int) -> None:  # noqa: B027 - only virtual time wants to know
+        """The program itself is about to update so many elements on the host."""
+        del numel
+
     def bookkeeping(self) -> contextlib.AbstractContextManager[Any]:
         """A context for the manager's own work: what it makes inside is counted by itself, or lies on the host."""
         return contextlib.nullcontext()

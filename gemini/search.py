@@ -8,7 +8,8 @@ Layouts are nearly homogeneous, so few points tell.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from gemini.plan import ChunkFacts, offload_all, persistent_bytes
@@ -28,6 +29,8 @@ _MOST_FINALISTS = 6
 _STRIDES = (8, 32, 128, 512)
 """Of the climb, as parts of what fits."""
 _WORTH = 0.999
+_BELOW = 1 - 1e-9
+"""A bound that adds up in another order than the clock may be off by the last digits."""
 
 
 def fill(facts: list[ChunkFacts], fraction: float, bytes_per_numel: Callable[[ChunkFacts], float]) -> list[int]:
@@ -81,7 +84,7 @@ class Search:
         self._trace = trace
         self._capacity_bytes = capacity_bytes
         self._profile = profile
-        self._run = run or Run()
+        self._run = replace(run or Run(), in_one_pass=trace.is_window)
         self._work = moment_work(facts, trace, profile)
         self._next_use = NextUse(trace)
         self._depths = DEPTHS if depth is None else (depth,)
@@ -103,13 +106,12 @@ class Search:
         self._tried: dict[tuple[Placement, ...], float] = {}
         self._transient: dict[tuple[bool, ...], int] = {}
         self._leading_transient: dict[tuple[int, int, bool], int] = {}
-        self._backward_s = self._run.num_micro_batches * sum(
+        self._backward_s = self._run.num_passes * sum(
             work.duration_s
             for work, moment in zip(self._work, trace.moments, strict=True)
             if moment.phase == "backward"
         )
-        in_forward = [c for m in trace.moments if m.phase == "forward" for c in m.reads]
-        self._last_in_forward = max(in_forward, default=-1)
+        self._in_forward = {c for m in trace.moments if m.phase == "forward" for c in m.reads}
         self.placements = offload_all("auto", facts).placements
         self.depth = self._usual_depth
         self.step_s = self._time(self.placements, self.depth)
@@ -143,25 +145,35 @@ class Search:
         if required_bytes(self._facts, self.placements, self._trace) > self._capacity_bytes:
             return
         self._try_depths(self.placements)
-        candidates = [
-            (self._least_s(placements), number, placements) for number, placements in enumerate(self._points())
-        ]
-        for least_s, _, placements in sorted(candidates):
-            if least_s >= self.step_s:
-                break  # nor is any that follows faster
+        for placements in self._promising(self._points()):
             self._try(placements)
         self._climb()
         self._refine()
         for tried in sorted(self._tried, key=lambda placements: self._tried[placements])[:_MOST_FINALISTS]:
             self._try_depths(list(tried))
+        # Whatever a fixed policy would come to, this is no slower.
+        for placements in self._promising(self._fixed_points()):
+            self._try_depths(placements)
 
-    def _points(self) -> Iterator[list[Placement]]:
-        """Placements that fit, all over the space."""
+    def _promising(self, points: Iterable[list[Placement]]) -> Iterator[list[Placement]]:
+        """Those that may be faster than the best so far, the most promising first."""
+        candidates = [(self._least_s(placements), number, placements) for number, placements in enumerate(points)]
+        for least_s, _, placements in sorted(candidates):
+            if least_s >= self.step_s:
+                return  # nor is any that follows faster
+            yield placements
+
+    def _fixed_points(self) -> Iterator[list[Placement]]:
+        """What fixed policies of plain fractions would place, as far as it fits."""
         for parameters in FRACTIONS:
             for optimizer in FRACTIONS:
                 placements = static_placements(self._facts, parameters, optimizer)
                 if self._fits(placements):
                     yield placements
+
+    def _points(self) -> Iterator[list[Placement]]:
+        """Placements that fit, all over the space."""
+        yield from self._fixed_points()
         for companion_numel in _some(self._trained_before):
             for resident_numel in self._resident_counts(companion_numel):
                 yield self._leading(resident_numel, companion_numel)
@@ -208,10 +220,15 @@ class Search:
         ).step_s
 
     def _least_s(self, placements: list[Placement]) -> float:
-        """No step can be faster: updates begin when backward is over, and the last one is waited for in forward."""
-        pairs = zip(self._facts[: self._last_in_forward + 1], placements, strict=False)
-        numel = sum(f.numel - p.companion_numel for f, p in pairs if f.companion_bytes_per_numel)
-        return self._profile.host_update_s(numel) + self._backward_s
+        """No step can be faster: updates begin when backward is over, one after another, and forward waits for those of
+        what it reads."""
+        numel = waited_numel = 0
+        for fact, placement in zip(self._facts, placements, strict=True):
+            if fact.companion_bytes_per_numel and placement.companion_numel < fact.numel:
+                numel += fact.numel - placement.companion_numel
+                if fact.index in self._in_forward:
+                    waited_numel = numel
+        return (self._profile.host_update_s(waited_numel) + self._backward_s) * _BELOW
 
     def _try(self, placements: list[Placement]) -> None:
         """Placements that fit."""

@@ -398,6 +398,11 @@ class SimulatedDevice(Device):
         finally:
             self._updates = updated
 
+    def host_updates(self, numel: int) -> None:
+        """Takes the program's time, once the host is done with what was queued before."""
+        if self.clock is not None and numel:
+            self.clock.update_now(numel)
+
     # -- which computation is on the device --------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from memory_case import trace_of
 
@@ -74,8 +75,19 @@ def cases(draw: st.DrawFn) -> tuple[list[ChunkFacts], Trace, int, HardwareProfil
     return facts, trace, capacity_bytes, draw(PROFILES)
 
 
+def _trained_but_never_read() -> tuple[list[ChunkFacts], Trace, int, HardwareProfile]:
+    """Forward reads only what is frozen: it waits for nobody's update."""
+    facts = [ChunkFacts(0, 27, 4, 12, "a"), ChunkFacts(1, 23, 2, 0, "frozen"), ChunkFacts(2, 29, 4, 12, "c")]
+    trace = trace_of([[], [1], [1], [1], [1], []])
+    profile = HardwareProfile(
+        h2d_bytes_per_s=1e8, host_dram_bytes_per_s=1e9, host_update_numel_per_s=2e10, device_update_numel_per_s=1e12
+    )
+    return facts, trace, 1447, replace(profile, launch_s=0.0)
+
+
 @given(case=cases())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@example(case=_trained_but_never_read())
+@settings(max_examples=150, deadline=None)
 def test_auto_is_never_predicted_slower_than_a_fixed_policy_that_fits(
     case: tuple[list[ChunkFacts], Trace, int, HardwareProfile],
 ) -> None:
@@ -99,7 +111,7 @@ def _fractions(policy: Policy) -> tuple[float, float]:
 
 
 @given(case=cases(), parameters=st.floats(0, 1), optimizer=st.floats(0, 1))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None)
 def test_auto_is_about_as_fast_as_any_hand_tuned_fractions(
     case: tuple[list[ChunkFacts], Trace, int, HardwareProfile], parameters: float, optimizer: float
 ) -> None:
@@ -114,7 +126,7 @@ def test_auto_is_about_as_fast_as_any_hand_tuned_fractions(
 
 
 @given(case=cases(), name=st.sampled_from(POLICIES), parameters=st.floats(0, 1), optimizer=st.floats(0, 1))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None)
 def test_no_plan_goes_over_capacity_and_no_refusal_is_false(
     case: tuple[list[ChunkFacts], Trace, int, HardwareProfile], name: str, parameters: float, optimizer: float
 ) -> None:
@@ -144,7 +156,7 @@ def test_no_plan_goes_over_capacity_and_no_refusal_is_false(
 
 
 @given(case=cases())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 def test_plenty_of_capacity_is_never_slower(
     case: tuple[list[ChunkFacts], Trace, int, HardwareProfile],
 ) -> None:
@@ -171,7 +183,7 @@ def _check(refusal: DoesNotFitError, capacity_bytes: int) -> None:
 
 
 @given(case=cases(), name=st.sampled_from(["auto", "cuda", "static"]), resident=st.booleans())
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None)
 def test_the_advised_change_really_fits(
     case: tuple[list[ChunkFacts], Trace, int, HardwareProfile], name: str, resident: bool
 ) -> None:
@@ -288,7 +300,7 @@ def test_a_machine_on_which_nothing_takes_time_has_a_plan_too() -> None:
 
 
 @given(facts=fact_lists(), capacity_bytes=st.integers(1, 10_000))
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None)
 def test_a_trace_without_moments_is_enough_to_plan_with(facts: list[ChunkFacts], capacity_bytes: int) -> None:
     try:
         plan = Policy().decide(facts, Trace(), capacity_bytes)

@@ -179,6 +179,7 @@ class ChunkUpdater:
                 self.begin(work, lambda at=position: self._read_ahead(coming[at : at + 2]))  # type: ignore[misc]
             else:
                 self._carry_out(work)
+                self._store.device.host_updates(sum(s.numel for s in work.segments if not s.updates_on_device))
                 self._bring_values(work, self._rounded(work))
                 work.let_go(self._store.disk)
 
