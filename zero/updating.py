@@ -13,6 +13,7 @@ from zero.config.schema import Config
 from zero.optim.chunked import ZeroOptimizer
 from zero.optim.coded import coding_bytes_per_numel, format_of
 from zero.optim.elementwise import temporary_bytes_per_numel
+from zero.optim.fused import all_fused
 from zero.optim.native import NativeKernel
 from zero.optim.update import ChunkUpdater, device_piece_numel, step_bytes
 from zero.setup import Managed
@@ -39,14 +40,22 @@ def make_updater(
         kernel,
         device_piece_numel=device_piece_numel(manager.device.capacity_bytes, managed.facts),
         early_bytes=_early_bytes(config, queue, managed),
+        fuses=_fuses(config),
     )
     manager.gradients_are_there = updater.early.gradients_are_there
     return updater
 
 
+def _fuses(config: Config) -> bool:
+    """Whether updates on the device take torch's fused kernel: not where torch's own choice was asked for."""
+    return config.optimizer.kernel != "torch"
+
+
 def update_bytes_per_numel(optimizer: torch.optim.Optimizer, config: Config) -> int:
-    """Temporaries of an update in torch's arithmetic, per element."""
-    return temporary_bytes_per_numel(optimizer) + coding_bytes_per_numel(format_of(config, optimizer))
+    """Temporaries of an update on the device beside the gradient in fp32, per element."""
+    coding_bytes = coding_bytes_per_numel(format_of(config, optimizer))
+    # The fused kernel has none.
+    return coding_bytes + (0 if all_fused(optimizer, _fuses(config)) else temporary_bytes_per_numel(optimizer))
 
 
 def update_bytes(optimizer: torch.optim.Optimizer, config: Config, facts: list[ChunkFacts], device: Device) -> int:

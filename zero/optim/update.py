@@ -28,6 +28,7 @@ from zero.optim.early import EarlyUpdates, Snapshots
 from zero.optim.elementwise import run, shadow_of
 from zero.optim.formats import BLOCK_NUMEL as _CODED_NUMEL
 from zero.optim.formats import FP32
+from zero.optim.fused import MOMENTS, FusedPiece, fused_step, is_fused, scaled
 from zero.optim.native import NativeKernel
 from zero.optim.native_choice import rule_of, scalars_after
 from zero.optim.straddle import BLOCK_NUMEL, cut_blocks, join, put_back
@@ -92,6 +93,7 @@ class ChunkUpdater:
         piece_numel: most elements per torch call on the host: what stays in cache, and what temporaries may take.
         device_piece_numel: the same on the device, where temporaries count against its capacity.
         early_bytes: host memory for what updates inside backward overwrite; 0: there are none.
+        fuses: on a device that is not the host, take torch's fused kernel where the optimizer leaves the choice.
 
     On a worker of the queue the kernel has its share of torch's threads.
 
@@ -112,6 +114,7 @@ class ChunkUpdater:
         piece_numel: int = 1 << 20,
         device_piece_numel: int = 1 << 20,
         early_bytes: int = 0,
+        fuses: bool = False,
     ) -> None:
         self._optimizer = optimizer
         self._kind = type(optimizer)
@@ -120,6 +123,7 @@ class ChunkUpdater:
         self._transfer = transfer
         self._queue = queue
         self._kernel = kernel
+        self._fuses = fuses and not store.device.is_host
         self._piece_numel = {True: device_piece_numel, False: piece_numel}  # by whether it is on the device
         self._num_threads = 1
         self._of_thread = threading.local()
@@ -227,8 +231,9 @@ class ChunkUpdater:
                 if self._kernel is not None and self._is_native(segment):
                     self._native(self._kernel, work, segment)
                 else:
-                    for pieces in work.batches(segment, self._most_numel(segment)):
-                        self._torch_step(work, segment, pieces)
+                    # What a border cuts of a block is joined below, unless the kernel has its part of it.
+                    for pieces in work.batches(segment, self._most_numel(segment), in_blocks=self._kernel is None):
+                        self._device_step(work, segment, pieces)
         for tensor in work.groups:
             if self._kernel is not None:
                 self.scalars[tensor] = scalars_after(self._kind, work.native_step(tensor))
@@ -283,6 +288,34 @@ class ChunkUpdater:
             for key in joined.companions.keys() - known:  # states of the first step
                 joined.drop(self._store, key)
 
+    def _is_fused(self, work: ChunkWork, tensor: ChunkTensor) -> bool:
+        return not self._store.device.is_host and is_fused(self._kind, work.groups[tensor], self._fuses)
+
+    def _device_step(self, work: ChunkWork, segment: Segment, pieces: list[Piece]) -> None:
+        """On the device by the fused kernel, where that is what the optimizer is; else by torch's own optimizer."""
+        by_kernel: dict[bool, list[Piece]] = {}
+        for piece in pieces:
+            by_kernel.setdefault(segment.updates_on_device and self._is_fused(work, piece.tensor), []).append(piece)
+        if True in by_kernel:
+            self._fused_step(work, segment, by_kernel[True])
+        if False in by_kernel:
+            self._torch_step(work, segment, by_kernel[False])
+
+    def _fused_step(self, work: ChunkWork, segment: Segment, pieces: list[Piece]) -> None:
+        for key in MOMENTS:
+            self.keys[key] = torch.float32
+            if not segment.codes(key):
+                segment.companion(self._store, key, torch.float32)
+        parts: list[FusedPiece] = []
+        for piece in pieces:
+            states = segment.decoded(segment.start + piece.start, segment.start + piece.stop)
+            gradient = scaled(segment.companions[GRADIENT][piece.start : piece.stop], work.factor)
+            parts.append(FusedPiece(states, gradient, work.groups[piece.tensor], work.native_step(piece.tensor)))
+        fused_step(self._kind, parts)
+        for piece, part in zip(pieces, parts, strict=True):
+            self.scalars[piece.tensor] = scalars_after(self._kind, part.step)
+            segment.encode(part.states, segment.start + piece.start, segment.start + piece.stop, part.step)
+
     def _torch_step(self, work: ChunkWork, segment: Segment, pieces: list[Piece]) -> None:
         by_group: dict[int, tuple[Group, list[torch.Tensor]]] = {}
         state: dict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
@@ -290,8 +323,7 @@ class ChunkUpdater:
         for piece in pieces:
             states = segment.decoded(segment.start + piece.start, segment.start + piece.stop)
             master = states[MASTER]
-            gradient = segment.companions[GRADIENT][piece.start : piece.stop].to(torch.float32)
-            master.grad = gradient.mul_(work.factor) if work.factor != 1.0 else gradient
+            master.grad = scaled(segment.companions[GRADIENT][piece.start : piece.stop], work.factor)
             state[master] = self._state_of(states, work.before[piece.tensor])
             group = work.groups[piece.tensor]
             by_group.setdefault(id(group), (group, []))[1].append(master)

@@ -106,14 +106,14 @@ class ChunkWork:
             if left < right:
                 yield Piece(tensor, left - segment.start, right - segment.start)
 
-    def batches(self, segment: Segment, most_numel: int) -> Iterator[list[Piece]]:
+    def batches(self, segment: Segment, most_numel: int, in_blocks: bool = True) -> Iterator[list[Piece]]:
         """Pieces in groups of at most ``most_numel`` elements; a larger parameter is cut.
 
         Cutting changes no bit: elementwise kernels give the same result for an element wherever it stands.
         """
         batch: list[Piece] = []
         filled = 0
-        for piece in self.pieces(segment, in_blocks=True):
+        for piece in self.pieces(segment, in_blocks):
             for start in range(piece.start, piece.stop, most_numel):
                 part = Piece(piece.tensor, start, min(start + most_numel, piece.stop))
                 if batch and filled + part.stop - part.start > most_numel:
