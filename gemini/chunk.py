@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -342,12 +343,15 @@ class Chunk(Holdings):
             torch.OutOfMemoryError: the device has no room; everything stays where it was.
             HostMemoryError: the host has no room; likewise.
         """
-        if placement == self.placement:
+        stays = replace(placement, streams_update=False) == replace(self.placement, streams_update=False)
+        if stays:
+            self._streams_update = placement.streams_update
             return
         self.before_change()
         self._leave_device()
         try:
             self._segments = rebuild(self.segments, placement, self._store, self.homes)
+            self._streams_update = placement.streams_update
         finally:
             if self.resident:
                 self._enter_residence()

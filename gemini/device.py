@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,11 @@ class Event(ABC):
     def synchronize(self) -> None:
         """Blocks the host until everything queued before the event has run."""
 
+    @property
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether waiting for it would take no time."""
+
     def wait_beside(self) -> None:
         """The same on a thread that is not the program's: the program goes on."""
         self.synchronize()
@@ -60,6 +66,15 @@ class Stream(ABC):
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queues ``target.copy_(source)``. Both stay untouched until an event recorded later has been waited on."""
+
+    @abstractmethod
+    def run(self, work: Callable[[], None], numel: int) -> None:
+        """Queues computation behind the copies so far, and before those to come.
+
+        Args:
+            work: may be called in this call or later; it touches nothing but what the copies of this stream bring and take.
+            numel: elements that it updates with the optimizer.
+        """
 
     @abstractmethod
     def record(self) -> Event:
@@ -242,6 +257,8 @@ class Device(ABC):
 
 
 class _DoneEvent(Event):
+    is_done = True
+
     def synchronize(self) -> None:
         """Nothing to wait for: copies ran when they were queued."""
 
@@ -253,6 +270,11 @@ class InlineStream(Stream):
         """Copies now."""
         with torch.no_grad():
             target.copy_(source)
+
+    def run(self, work: Callable[[], None], numel: int) -> None:
+        """Computes now."""
+        del numel
+        work()
 
     def record(self) -> Event:
         """An event that has already happened."""
@@ -313,6 +335,11 @@ class _AcceleratorEvent(Event):
         """Blocks the host until the event has happened."""
         self.event.synchronize()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it has happened."""
+        return bool(self.event.query())
+
 
 class AcceleratorStream(Stream):
     """A side stream of a real accelerator."""
@@ -329,6 +356,12 @@ class AcceleratorStream(Stream):
             if tensor.device == self._device:
                 # The caching allocator must not hand the block to the compute stream before this copy has run.
                 tensor.record_stream(self._stream)
+
+    def run(self, work: Callable[[], None], numel: int) -> None:
+        """Issues the computation on this stream; what it allocates is this stream's."""
+        del numel
+        with self._stream:
+            work()
 
     def record(self) -> Event:
         """An event after everything queued so far."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -40,6 +41,7 @@ class Holdings:
         self._forgets_gradients = False
         self._arrivals: list[Arrival] = []
         self.has_sums = False
+        self._streams_update = False
         self.before_change: Callable[[], None] = nothing
 
     @property
@@ -89,7 +91,7 @@ class Holdings:
     @property
     def placement(self) -> Placement:
         """Where the elements live now."""
-        return placement_of(self._segments)
+        return replace(placement_of(self._segments), streams_update=self._streams_update)
 
     # -- an update beside the program --------------------------------------------------------------------------------
 

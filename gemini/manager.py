@@ -29,6 +29,7 @@ from gemini.plan import Plan
 from gemini.recorder import MomentListener, Recorder
 from gemini.state import Move, TensorState
 from gemini.store import Kind, Store, Tier
+from gemini.streamed import StreamedUpdates
 from gemini.sums import GradientSums
 from gemini.tensor import ChunkTensor
 from gemini.trace import Moment, Trace
@@ -81,6 +82,7 @@ class Manager:
         self.recorder = Recorder(store)
         self._gathered = GatheredChunks(chunks, self.device, self.recorder)
         self._idle = IdleReads(self.device, self._gathered.make_room, self.write)
+        self.streamed = StreamedUpdates(store, transfer)
         self._scopes: list[Scope] = []
         self._units: dict[str, UnitBackward] = {}
         self._current_unit: str | None = None
@@ -396,10 +398,13 @@ class Manager:
         self.settle_idle_reads()
         self._end_all_backward()
         self._gathered.release_all()
+        self._close_streamed()
         try:
             # What leaves the device goes first.
             for chunk in sorted(self.chunks, key=lambda c: c.growth_bytes(plan.placements[c.index])):
                 chunk.place(plan.placements[chunk.index])
+            if any(placement.streams_update for placement in plan.placements):
+                self.streamed.open()
             self.plan = plan
         except Exception:
             self.plan = Plan(plan.policy, [chunk.placement for chunk in self.chunks])  # as far as it came
@@ -407,6 +412,11 @@ class Manager:
         finally:
             if self.plan is not None:
                 self._gathered.follow(self.plan, self.trace)
+
+    def _close_streamed(self) -> None:
+        if self.streamed.is_open:
+            self.settle_updates()
+            self.streamed.close()
 
     # -- recording ---------------------------------------------------------------------------------------------------
 

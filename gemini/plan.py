@@ -45,6 +45,19 @@ class ChunkFacts:
         return bool(self.companion_bytes_per_numel) and (self.value_itemsize == 4 or self.coded_bytes_per_numel > 0)
 
     @property
+    def may_stream(self) -> bool:
+        """Whether its companions could be streamed to the device to be updated: they are on the host, as they are."""
+        on_disk = self.values_on_disk or self.companions_on_disk
+        return bool(self.companion_bytes_per_numel) and not on_disk and not self.coded_bytes_per_numel
+
+    @property
+    def streamed_bytes_per_numel(self) -> tuple[float, float]:
+        """Bytes per element that such an update moves to the device, and back."""
+        in_fp32 = self.value_itemsize >= 4
+        to_device = self.companion_bytes_per_numel + (self.value_itemsize if in_fp32 else 0)
+        return to_device, to_device - self.gradient_itemsize + (0 if in_fp32 else self.value_itemsize)
+
+    @property
     def first_bytes_per_numel(self) -> float:
         """Bytes per element of the companions that are there from the beginning."""
         plain = 4 if self.companion_bytes_per_numel and self.value_itemsize < 4 else 0
@@ -120,6 +133,8 @@ class Plan:
         predicted_busy_s: of it, seconds by :attr:`gemini.clock.Clock.busy_s`.
         resident_parameter_bytes: values that stay on the device.
         device_optimizer_bytes: companions that live on the device.
+        streamed_numel: elements whose companions are at home, and are streamed to the device to be updated.
+        streamed_bytes: device bytes for the pieces that are on their way.
     """
 
     policy: str
@@ -133,6 +148,8 @@ class Plan:
     predicted_busy_s: dict[str, float] = field(default_factory=dict)
     resident_parameter_bytes: int = 0
     device_optimizer_bytes: int = 0
+    streamed_numel: int = 0
+    streamed_bytes: int = 0
 
 
 def offload_all(policy: str, facts: list[ChunkFacts]) -> Plan:

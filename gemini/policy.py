@@ -10,6 +10,7 @@ from gemini.profile import HardwareProfile
 from gemini.schedule import Run
 from gemini.search import Search, static_placements
 from gemini.segment import Placement
+from gemini.streamed_search import try_streamed
 from gemini.timeline import (
     largest_gathered_bytes,
     needed_bytes,
@@ -64,6 +65,7 @@ class Policy:
         search = Search(facts, trace, capacity_bytes, self.profile, self.run, self.prefetch_depth)
         if self.name == "auto":
             search.run()
+            try_streamed(search, facts, trace, capacity_bytes, self.profile, self.run, self.prefetch_depth)
         else:
             search.take(self._fixed(facts).placements)
         plan, prediction = Plan(self.name, search.placements, prefetch_depth=search.depth), search.prediction
@@ -89,6 +91,7 @@ class Policy:
 
 def _describe(plan: Plan, facts: list[ChunkFacts]) -> None:
     plan.resident_parameter_bytes, plan.device_optimizer_bytes = persistent_bytes(facts, plan.placements)
+    plan.streamed_numel = sum(f.numel for f, p in zip(facts, plan.placements, strict=True) if p.streams_update)
 
 
 def least_capacity_bytes(facts: list[ChunkFacts], trace: Trace) -> int:

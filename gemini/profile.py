@@ -59,6 +59,23 @@ class HardwareProfile:
         """Seconds of an update on the device."""
         return numel / self.device_update_numel_per_s
 
+    @property
+    def streamed_slowdown(self) -> float:
+        """How many times as long a copy takes of an update that is streamed: half of host memory's rate is the cores'."""
+        return (
+            max(1.0, 4 * self.both_bytes_per_s / self.host_dram_bytes_per_s) if self.h2d_bytes_per_s < math.inf else 1.0
+        )
+
+    @property
+    def streams_updates(self) -> bool:
+        """Whether the device could take updates off the host.
+
+        Not where the host's memory is what limits it: a streamed update reads and writes as much there. So the cores must
+        be too slow to use half of its rate.
+        """
+        cores_s = 1 / self.host_update_numel_per_s
+        return cores_s > 2 * UPDATE_BYTES_PER_NUMEL / self.host_dram_bytes_per_s
+
     def compute_s(self, flops: float, fp32_flops: float, traffic_bytes: float) -> float:
         """Seconds of computation on the device, apart from issuing it."""
         products_s = flops / self.device_flops_per_s + fp32_flops / self.device_fp32_flops_per_s

@@ -165,5 +165,6 @@ class Recorder:
         # A larger batch that went through other moments: its record replaces the old one.
         recorded.cover(known.batch_shapes)
         recorded.step_peak_bytes = known.step_peak_bytes
+        recorded.streamed_piece_numel = known.streamed_piece_numel
         self.trace = recorded
         return True

@@ -4,6 +4,8 @@ The walk over a trace (:mod:`gemini.walk`) says which chunk is fetched, dropped 
 says when that happens. A step begins with the update of the step before, as in a run that goes on and on:
 
 - ``step()`` queues updates chunk by chunk, in forward order; what lies on the device is updated there at once.
+- What is streamed to the device is updated chunk by chunk as well, one ahead of the one that is fetched. Its copies have
+  their place among the others.
 - A fetch waits for its chunk's update, and the program with it; then for the computation issued so far, whose memory it
   may take; then for the link.
 - A moment's computation waits for the fetches of all that it reads.
@@ -13,6 +15,7 @@ says when that happens. A step begins with the update of the step before, as in 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gemini.clock import Clock
@@ -108,6 +111,7 @@ class Schedule:
         profile: rates.
         run: what the step does.
         draws: keep what happened, for a picture.
+        piece_numel: elements of a piece of an update that is streamed.
 
     Attributes:
         clock: how far it has come, and what happened when.
@@ -121,6 +125,7 @@ class Schedule:
         profile: HardwareProfile,
         run: Run,
         draws: bool = False,
+        piece_numel: int = 0,
     ) -> None:
         self._facts = facts
         self._placements = placements
@@ -128,7 +133,11 @@ class Schedule:
         self._run = run
         self._draws = draws
         self.clock = Clock(profile, draws)
-        # By chunk: when its update on the host is done, 0 where none is pending; when its values are on the device.
+        self._piece_numel = piece_numel
+        # Chunks whose updates are streamed and have not begun, in order.
+        self._waiting: list[int] = []
+        # By chunk: when its update is done, 0 where none is pending, infinite where it has not begun; when its values
+        # are on the device.
         self._updated_s = [0.0] * len(facts)
         self._fetched_s = [0.0] * len(facts)
         # Gradients that have not been waited for, by chunk, oldest first.
@@ -143,10 +152,15 @@ class Schedule:
         for fact, placement in zip(self._facts, self._placements, strict=True):
             if fact.companion_bytes_per_numel:
                 self._update(fact, placement)
+        self._begin_streamed(1)
 
     def _update(self, fact: ChunkFacts, placement: Placement) -> None:
         clock, on_device = self.clock, placement.companion_numel
         label = self._label(fact.index)
+        if placement.streams_update and not on_device:
+            self._waiting.append(fact.index)
+            self._updated_s[fact.index] = math.inf
+            return
         if not on_device:
             self._updated_s[fact.index] = clock.update(fact.numel, label)
             return
@@ -157,6 +171,25 @@ class Schedule:
         if crossing_bytes:
             clock.wait(clock.copy_out(crossing_bytes, clock.compute_s, label), label)
         self._bring_values(fact, placement)
+
+    def _begin_streamed(self, number: int) -> None:
+        """So many of the updates that are streamed begin, as :class:`gemini.streamed.StreamedUpdates` has it."""
+        for chunk in self._waiting[:number]:
+            self._updated_s[chunk] = self._stream(self._facts[chunk])
+        del self._waiting[:number]
+
+    def _stream(self, fact: ChunkFacts) -> float:
+        """Queues a chunk's way to the device and back; returns when it has come back."""
+        clock, profile, label = self.clock, self.clock.profile, self._label(fact.index)
+        in_bytes, out_bytes = (int(n * fact.numel * profile.streamed_slowdown) for n in fact.streamed_bytes_per_numel)
+        num_pieces = max(1, -(-fact.numel // max(1, self._piece_numel)))
+        update_s = profile.device_update_s(fact.numel)
+        there_s = clock.copy_in(in_bytes, 0.0, label)
+        clock.compute(update_s, num_pieces, f"update {label}" if label else "")
+        # The first piece goes back while the second comes.
+        first_s = there_s - (1 - 1 / num_pieces) * in_bytes / profile.h2d_bytes_per_s + update_s / num_pieces
+        back_s = clock.copy_out(out_bytes, first_s, label)
+        return max(back_s, there_s + (update_s + out_bytes / profile.d2h_bytes_per_s) / num_pieces)
 
     def _bring_values(self, fact: ChunkFacts, placement: Placement) -> None:
         """New values, made on the host, to where they stay on the device; the program waits."""
@@ -182,9 +215,12 @@ class Schedule:
         """The program waits for a chunk's update, and for gradients of an earlier micro-batch that are on their way."""
         if chunk in self._on_way:
             self._settle_arrival(chunk)
+        if self._placements[chunk].streams_update and self._updated_s[chunk]:
+            self._begin_streamed(self._waiting.index(chunk) + 2 if chunk in self._waiting else 1)
         updated_s, self._updated_s[chunk] = self._updated_s[chunk], 0.0
         if updated_s:
             self.clock.wait(updated_s, self._label(chunk))
+        if updated_s and not self._placements[chunk].streams_update:
             self._bring_values(self._facts[chunk], self._placements[chunk])
 
     def compute(self, position: int, moment: Moment) -> None:

@@ -140,6 +140,18 @@ class Search:
         self.placements, self.step_s = placements, self._time(placements, self.depth)
         self._try_depths(placements)
 
+    @property
+    def finalists(self) -> list[list[Placement]]:
+        """The best of those that were tried, and as many residents as fit with no companions."""
+        best = sorted(self._tried, key=lambda placements: self._tried[placements])[:_MOST_FINALISTS]
+        return [list(placements) for placements in best] + [self._leading(max(0, self._most_residents()), 0)]
+
+    def consider(self, placements: list[Placement], most_s: float) -> None:
+        """Takes placements that fit, if they are faster than the best found, and take less than ``most_s``."""
+        for depth in self._depths:
+            if self._time(placements, depth) < most_s:
+                self._take_if_faster(placements, depth)
+
     def run(self) -> None:
         """Leaves the best found."""
         if required_bytes(self._facts, self.placements, self._trace) > self._capacity_bytes:

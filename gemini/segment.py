@@ -236,10 +236,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Placement:
-    """How many leading elements of what is owned of a chunk keep values, and how many companions, on the device."""
+    """How many leading elements of what is owned of a chunk keep values, and how many companions, on the device.
+
+    And where companions that do not are updated: by the host, or on the device, to which they are streamed
+    (:mod:`gemini.streamed`).
+    """
 
     resident_numel: int = 0
     companion_numel: int = 0
+    streams_update: bool = False
 
     def bounds(self, first: int, last: int, homes: Homes = AT_HOME) -> list[tuple[int, int, Tier, Tier]]:
         """``(start, stop, value tier, companion tier)`` of each segment of elements ``[first, last)``, in order.

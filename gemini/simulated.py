@@ -62,6 +62,12 @@ class _SimulatedEvent(Event):
         """Runs the queue; the program's clock stands still."""
         self.run()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it has happened; where there is virtual time, whether it would have."""
+        clock = self._stream.clock
+        return self._stream.has_run(self._position) if clock is None else self.at_s <= clock.host_s
+
 
 class SimulatedStream(Stream):
     """A queue of copies that have not happened yet."""
@@ -70,7 +76,7 @@ class SimulatedStream(Stream):
         self._device = device
         # In virtual time: when what was queued last is done, and when what comes next may begin.
         self._done_s = self._earliest_s = 0.0
-        self._queue: deque[tuple[torch.Tensor, torch.Tensor] | None] = deque()
+        self._queue: deque[tuple[torch.Tensor, torch.Tensor] | Callable[[], None] | None] = deque()
         self._num_queued = 0
         self._num_run = 0
         # Updates on threads wait for gradients that the program queued.
@@ -80,8 +86,27 @@ class SimulatedStream(Stream):
         """Queues a copy; whether it runs now is up to the device's stream order."""
         self._queue.append((target, source))
         self._num_queued += 1
-        self._done_s = max(self._done_s, self._device.copy_done_s(target, source, self._earliest_s))
+        self._done_s = max(self._done_s, self._device.copy_done_s(target, source, max(self._earliest_s, self._done_s)))
         self._device.something_was_queued()
+
+    def run(self, work: Callable[[], None], numel: int) -> None:
+        """Queues computation; it runs when the queue comes to it."""
+        self._queue.append(work)
+        self._num_queued += 1
+        if self.clock is not None:
+            duration_s = self.clock.profile.device_update_s(numel)
+            self.clock.compute(duration_s)  # which it keeps waiting
+            self._done_s = max(self._done_s, self._earliest_s) + duration_s
+        self._device.something_was_queued()
+
+    @property
+    def clock(self) -> Clock | None:
+        """The device's."""
+        return self._device.clock
+
+    def has_run(self, position: int) -> bool:
+        """Whether the queue has come to ``position``."""
+        return self._num_run >= position
 
     def record(self) -> Event:
         """An event after everything queued so far."""
@@ -106,11 +131,13 @@ class SimulatedStream(Stream):
         """Runs queued copies, oldest first, up to ``position``."""
         with self._lock:
             while self._num_run < position:
-                pair = self._queue.popleft()
+                queued = self._queue.popleft()
                 self._num_run += 1
-                if pair is not None:
-                    with _unwatched():
-                        pair[0].copy_(pair[1])
+                with _unwatched():
+                    if callable(queued):
+                        queued()
+                    elif queued is not None:
+                        queued[0].copy_(queued[1])
 
     @property
     def num_pending(self) -> int:
@@ -130,7 +157,7 @@ class SimulatedStream(Stream):
         address = buffer.untyped_storage().data_ptr()
         with self._lock:
             for index, pair in enumerate(self._queue):
-                if pair is None:
+                if pair is None or callable(pair):
                     continue
                 target, source = pair
                 if target.untyped_storage().data_ptr() == address:

@@ -36,6 +36,7 @@ class Kind(Enum):
     OPTIMIZER = "optimizer"
     ACTIVATIONS = "activations"
     SNAPSHOTS = "snapshots"
+    PIECES = "update pieces"
 
 
 class Store:

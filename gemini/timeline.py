@@ -9,6 +9,7 @@ from gemini.plan import ChunkFacts, Plan, persistent_bytes
 from gemini.profile import HardwareProfile
 from gemini.schedule import Run, Schedule, Work, moment_work
 from gemini.segment import Placement
+from gemini.streamed import streamed_bytes
 from gemini.trace import NextUse, Trace
 from gemini.walk import Walk
 
@@ -49,7 +50,13 @@ def required_bytes(
         trace: of one pass.
         with_margin: leave room for activations to grow from pass to pass (:attr:`Moment.reserve_bytes`).
     """
-    return sum(persistent_bytes(facts, placements)) + transient_bytes(facts, placements, trace, with_margin)
+    staying_bytes = sum(persistent_bytes(facts, placements)) + lane_bytes(placements, trace)
+    return staying_bytes + transient_bytes(facts, placements, trace, with_margin)
+
+
+def lane_bytes(placements: list[Placement], trace: Trace) -> int:
+    """Bytes that stay on the device for updates that are streamed to it."""
+    return streamed_bytes(trace.streamed_piece_numel) if any(p.streams_update for p in placements) else 0
 
 
 def transient_bytes(
@@ -129,7 +136,7 @@ def replay(
         work: of each moment, if the caller has it already.
         draws: keep what happened when, for a picture.
     """
-    persistent = sum(persistent_bytes(facts, placements))
+    persistent = sum(persistent_bytes(facts, placements)) + lane_bytes(placements, trace)
     timed = time_step(facts, placements, trace, capacity_bytes, profile, next_use, prefetch_depth, run, work, draws)
     peak = persistent
     needs = needed_bytes(facts, placements, trace)
@@ -181,11 +188,12 @@ def time_step(
 ) -> TimedStep:
     """The part of :func:`replay` that is about time; the same arguments."""
     next_use, run = next_use or NextUse(trace), replace(run or Run(), in_one_pass=trace.is_window)
-    free_bytes = capacity_bytes - sum(persistent_bytes(facts, placements))
+    free_bytes = capacity_bytes - sum(persistent_bytes(facts, placements)) - lane_bytes(placements, trace)
     held_bytes = [0 if used_in_place(f, p) else f.gathered_bytes for f, p in zip(facts, placements, strict=True)]
     rooms = [free_bytes - moment.reserve_bytes for moment in trace.moments]
     walk = Walk(held_bytes, trace, next_use, rooms, prefetch_depth)
-    schedule = Schedule(facts, placements, work or moment_work(facts, trace, profile), profile, run, draws)
+    works = work or moment_work(facts, trace, profile)
+    schedule = Schedule(facts, placements, works, profile, run, draws, trace.streamed_piece_numel)
     schedule.begin()
     gathered_bytes = walk.run_pass(schedule)
     num_fetches, num_evictions = list(walk.num_fetches), walk.num_evictions
@@ -218,4 +226,5 @@ def with_prediction(plan: Plan, prediction: Prediction, trace: Trace) -> Plan:
     plan.predicted_h2d_bytes = prediction.h2d_bytes
     plan.predicted_step_s = prediction.step_s
     plan.predicted_busy_s = prediction.busy_s
+    plan.streamed_bytes = lane_bytes(plan.placements, trace)
     return plan

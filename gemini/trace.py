@@ -83,6 +83,8 @@ class Trace:
     """Shapes of the largest input tensor of the passes that the figures cover, none of them within another."""
     step_peak_bytes: int = 0
     """Highest temporaries of an optimizer step on the device."""
+    streamed_piece_numel: int = 0
+    """Elements of a piece of an update that is streamed (:mod:`gemini.streamed`); 0: no update may be."""
     resident: list[int] = field(default_factory=list)
     """Chunks that needed no gathered copy in this pass, so that the moments' bytes do not count them."""
 
@@ -144,6 +146,7 @@ class Trace:
                 mine.raise_work(theirs)
         self.cover(other.batch_shapes)
         self.step_peak_bytes = max(self.step_peak_bytes, other.step_peak_bytes)
+        self.streamed_piece_numel = max(self.streamed_piece_numel, other.streamed_piece_numel)
         return any(grew)
 
     def _matched(self, other: Trace) -> list[tuple[Moment, Moment]] | None:

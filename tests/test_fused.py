@@ -142,7 +142,10 @@ def test_pieces_of_several_groups_and_steps() -> None:
     optimizer = torch.optim.AdamW(
         [{"params": plain[:1]}, {"params": plain[1:], "weight_decay": 0.3, "maximize": True}], lr=0.1, fused=True
     )
-    states = [{"master": t.clone(), "exp_avg": torch.zeros_like(t), "exp_avg_sq": torch.zeros_like(t)} for t in (first, second)]
+    states = [
+        {"master": t.clone(), "exp_avg": torch.zeros_like(t), "exp_avg_sq": torch.zeros_like(t)}
+        for t in (first, second)
+    ]
     steps = [0, 0]
     for used in ((0,), (0, 1), (0, 1)):
         pieces = []

@@ -84,7 +84,8 @@ def walk(
             engine.backward(_some_loss(engine(*args, **kwargs)))
     if engine.manager.trace is None:
         raise RuntimeError("the dry run recorded nothing")
-    engine.manager.trace.step_peak_bytes = 0  # depends on the device, which is not that of the dry run
+    # These depend on the device, which is not that of the dry run.
+    engine.manager.trace.step_peak_bytes = engine.manager.trace.streamed_piece_numel = 0
     return engine.manager.trace, engine
 
 
@@ -117,7 +118,7 @@ def walk_again(engine: Engine, batch: dict[str, torch.Tensor], num_micro_batches
         manager.trace = before
     if again is None:
         raise RuntimeError("the dry run recorded nothing")
-    again.step_peak_bytes = 0
+    again.step_peak_bytes = again.streamed_piece_numel = 0
     return again
 
 

@@ -144,6 +144,7 @@ class Engine(WindowVerbs):
         if optimizer is not None:
             updater = make_updater(optimizer, managed, self.config, self._queue, kernel)
             self._planner.step_bytes = update_bytes(optimizer, self.config, self.facts, self.device)
+            self._planner.streamed_piece_numel = self.manager.streamed.piece_numel
             self.optimizer = ZeroOptimizer(
                 optimizer, self.manager, self._tensors, updater, self.step, self.zero_grad, self._hooks.settle_outside
             )
@@ -468,6 +469,7 @@ class Engine(WindowVerbs):
             chunk.dissolve(self._keeps_values)
             for tensor in chunk.tensors:
                 unmanage(tensor.parameter)  # type: ignore[arg-type]
+        self.manager.streamed.close()
         if self.optimizer is not None:
             self.optimizer.updater.early.close()
         self.manager.store.disk.close()

@@ -37,6 +37,7 @@ class PassPlanner:
     Attributes:
         needs_plan: the next training pass makes a new plan first.
         step_bytes: temporaries of an update on the device, as far as they are known beforehand.
+        streamed_piece_numel: see :attr:`gemini.trace.Trace.streamed_piece_numel`.
     """
 
     def __init__(self, policy: Policy, facts: list[ChunkFacts], manager: Manager, device: Device) -> None:
@@ -46,6 +47,7 @@ class PassPlanner:
         self._device = device
         self.needs_plan = False
         self.step_bytes = 0
+        self.streamed_piece_numel = 0
         # Non-model bytes that lie on the device when a pass begins: the user holds the last loss, outputs, batches.
         self._held_bytes = 0
         self._traced_held_bytes = 0
@@ -113,6 +115,7 @@ class PassPlanner:
         self.needs_plan |= self._manager.end_backward()
         if self._manager.trace is not None:
             self._manager.trace.step_peak_bytes = max(self._manager.trace.step_peak_bytes, self.step_bytes)
+            self._manager.trace.streamed_piece_numel = self.streamed_piece_numel
         self._traced_held_bytes = max(self._traced_held_bytes, self._held_bytes)
 
     def refusal(self, error: torch.OutOfMemoryError, trace: Trace | None) -> Exception:
@@ -206,7 +209,7 @@ class PassPlanner:
         plan = self._manager.plan
         if not self.may_offload or plan is None:
             return False
-        if not plan.reserve_bytes and not any(p.resident_numel or p.companion_numel for p in plan.placements):
+        if not plan.reserve_bytes and all(placement == Placement() for placement in plan.placements):
             return False
         self._manager.apply(offload_all("auto", self._facts))
         return True

@@ -29,11 +29,12 @@ from zero.config.schema import Config
 from zero.dryrun import CannotWalkError, models_own_code, walk, walk_again, walk_evaluation
 from zero.engine import Engine
 from zero.models.build import dress, model_config, set_checkpointing
+from zero.optim.fused import all_fused
 from zero.optim.update import step_bytes
 from zero.optimizers import build_optimizer
 from zero.setup import make_policy
 from zero.sharding import Division, DryExchange
-from zero.updating import update_bytes_per_numel
+from zero.updating import fuses_by_default, update_bytes_per_numel, update_piece_numel
 
 logger = logging.getLogger("zero")
 
@@ -53,6 +54,7 @@ class DryRun:
         facts: of its chunks.
         trace: of one pass over the config's shape.
         update_bytes_per_numel: temporaries of the optimizer's arithmetic.
+        fuses: updates on the device are torch's fused kernel.
         evaluation: of one evaluation batch; None where there is none.
         double: of a micro-batch of twice the rows; None where nobody asked.
         other_checkpointing: with activation checkpointing where the config has none, and the other way round; likewise.
@@ -65,6 +67,7 @@ class DryRun:
     evaluation: Moment | None = None
     double: Trace | None = None
     other_checkpointing: Trace | None = None
+    fuses: bool = False
 
     @property
     def whole(self) -> Trace:
@@ -206,7 +209,7 @@ def dry_run(
         model.train()
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         optimizer = build_optimizer(model, config)
-        update_bytes = update_bytes_per_numel(optimizer, config)
+        update_bytes, fuses = update_bytes_per_numel(optimizer, config), all_fused(optimizer, fuses_by_default(config))
         exchange = DryExchange(Division(0, num_ranks, config.parallel.replicate)) if num_ranks > 1 else ALONE
         num_in_turn = config.train.num_in_turn
         num_walked = SHORT if num_in_turn > SHORT + 1 else num_in_turn
@@ -218,7 +221,7 @@ def dry_run(
             batches_bytes = sum(t.nbytes for t in _batch(shape).values()) * config.train.gradient_accumulation_steps
             evaluation = walk_evaluation(engine, _batch(evaluation_shape), batches_bytes + _SCALARS_BYTES)
         double, other_checkpointing = _neighbours(engine, config, shape) if variants else (None, None)
-    return DryRun(num_parameters, engine.facts, trace, update_bytes, evaluation, double, other_checkpointing)
+    return DryRun(num_parameters, engine.facts, trace, update_bytes, evaluation, double, other_checkpointing, fuses)
 
 
 def _walk_pass(engine: Engine, config: Config, batch: dict[str, torch.Tensor]) -> Trace:
@@ -286,6 +289,7 @@ def decide(
 def _plan(policy: Policy, dry: DryRun, capacity_bytes: int) -> Plan:
     """The plan for the training pass, an evaluation batch having been found to fit as well."""
     dry.trace.step_peak_bytes = step_bytes(dry.facts, dry.update_bytes_per_numel, capacity_bytes)
+    dry.trace.streamed_piece_numel = update_piece_numel(dry.facts, dry.fuses, capacity_bytes)
     try:
         plan = policy.decide(dry.facts, dry.trace, capacity_bytes)
     except DoesNotFitError as error:

@@ -9,12 +9,14 @@ import torch
 from gemini.device import AcceleratorDevice, Device
 from gemini.jobs import HostQueue
 from gemini.plan import ChunkFacts
+from gemini.streamed import streamed_piece_numel
 from zero.config.schema import Config
 from zero.optim.chunked import ZeroOptimizer
 from zero.optim.coded import coding_bytes_per_numel, format_of
 from zero.optim.elementwise import temporary_bytes_per_numel
 from zero.optim.fused import all_fused
 from zero.optim.native import NativeKernel
+from zero.optim.straddle import BLOCK_NUMEL
 from zero.optim.update import ChunkUpdater, device_piece_numel, step_bytes
 from zero.setup import Managed
 
@@ -40,13 +42,28 @@ def make_updater(
         kernel,
         device_piece_numel=device_piece_numel(manager.device.capacity_bytes, managed.facts),
         early_bytes=_early_bytes(config, queue, managed),
-        fuses=_fuses(config),
+        fuses=fuses_by_default(config),
+        streamed=manager.streamed,
+    )
+    manager.streamed.piece_numel = update_piece_numel(
+        managed.facts, all_fused(optimizer, fuses_by_default(config)), manager.device.capacity_bytes
     )
     manager.gradients_are_there = updater.early.gradients_are_there
     return updater
 
 
-def _fuses(config: Config) -> bool:
+def update_piece_numel(facts: list[ChunkFacts], is_fused: bool, capacity_bytes: int) -> int:
+    """Elements of a piece of an update that is streamed; 0 where none can be.
+
+    Args:
+        facts: of all chunks.
+        is_fused: the optimizer's update on the device is torch's fused kernel.
+        capacity_bytes: of the device.
+    """
+    return streamed_piece_numel(facts, capacity_bytes, BLOCK_NUMEL) if is_fused else 0
+
+
+def fuses_by_default(config: Config) -> bool:
     """Whether updates on the device take torch's fused kernel: not where torch's own choice was asked for."""
     return config.optimizer.kernel != "torch"
 
@@ -55,7 +72,9 @@ def update_bytes_per_numel(optimizer: torch.optim.Optimizer, config: Config) -> 
     """Temporaries of an update on the device beside the gradient in fp32, per element."""
     coding_bytes = coding_bytes_per_numel(format_of(config, optimizer))
     # The fused kernel has none.
-    return coding_bytes + (0 if all_fused(optimizer, _fuses(config)) else temporary_bytes_per_numel(optimizer))
+    return coding_bytes + (
+        0 if all_fused(optimizer, fuses_by_default(config)) else temporary_bytes_per_numel(optimizer)
+    )
 
 
 def update_bytes(optimizer: torch.optim.Optimizer, config: Config, facts: list[ChunkFacts], device: Device) -> int:

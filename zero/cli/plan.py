@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gemini.plan import ChunkFacts
+from gemini.plan import ChunkFacts, Plan
 from gemini.profile import named_profile, neighbours
 from gemini.units import format_bytes
 from zero.config.loading import for_trainer
@@ -191,6 +191,7 @@ def _byte_rows(config: Config, planned: PlannedRun, capacity_bytes: int) -> list
                 "optimizer data on the device",
                 _share(plan.device_optimizer_bytes, sum(f.companion_bytes for f in facts)),
             ),
+            *_streamed_rows(plan),
             ("device peak, predicted", format_bytes(plan.predicted_device_peak_bytes)),
             ("to the device per micro-batch", format_bytes(plan.predicted_h2d_bytes)),
         ]
@@ -205,6 +206,13 @@ def _byte_rows(config: Config, planned: PlannedRun, capacity_bytes: int) -> list
     on_disk = f", in {config.memory.disk}" if planned.disk_bytes else ""
     rows.append(("disk", format_bytes(planned.disk_bytes) + on_disk))
     return rows
+
+
+def _streamed_rows(plan: Plan) -> list[tuple[str, str]]:
+    if not plan.streamed_numel:
+        return []
+    pieces = f"{plan.streamed_numel:,} parameters, with {format_bytes(plan.streamed_bytes)} for what is on its way"
+    return [("updates streamed to the device", pieces)]
 
 
 def _evaluation_bytes(dry: DryRun) -> int:

@@ -146,7 +146,9 @@ class EarlyUpdates:
 
     def _work(self, chunk: Chunk) -> ChunkWork | None:
         """What there is to do, if all of it is known."""
-        if self._factor is None or chunk.is_updating or not all(arrival.is_direct for arrival in chunk.arrivals):
+        if self._factor is None or chunk.is_updating or chunk.placement.streams_update:
+            return None
+        if not all(arrival.is_direct for arrival in chunk.arrivals):
             return None
         updater = self._updater
         groups: dict[int, Group] = {}

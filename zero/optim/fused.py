@@ -104,14 +104,20 @@ def _by_group(pieces: Iterable[FusedPiece]) -> Iterable[tuple[Group, list[FusedP
     return groups.values()
 
 
-def scaled(gradient: Tensor, factor: float) -> Tensor:
+def scaled(gradient: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
     """A gradient in fp32, multiplied by ``factor``: one pass, and none where there is nothing to do.
 
     An fp32 gradient is scaled where it is, as ``torch.nn.utils.clip_grad_norm_`` does it.
+
+    Args:
+        gradient: 1-D.
+        factor: that it is multiplied by.
+        out: fp32, for one that is not; by default new memory.
     """
-    if factor == 1.0:
-        return gradient.to(torch.float32)
     if gradient.dtype == torch.float32:
-        return gradient.mul_(factor)
+        return gradient if factor == 1.0 else gradient.mul_(factor)
+    out = torch.empty_like(gradient, dtype=torch.float32) if out is None else out
+    if factor == 1.0:
+        return out.copy_(gradient)
     # As a tensor of one dimension the factor makes the product fp32, without a copy of the gradient before.
-    return gradient * torch.full((1,), factor, dtype=torch.float32, device=gradient.device)
+    return torch.mul(gradient, torch.full((1,), factor, dtype=torch.float32, device=gradient.device), out=out)

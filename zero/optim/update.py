@@ -21,6 +21,7 @@ from gemini.jobs import HostQueue
 from gemini.plan import ChunkFacts
 from gemini.segment import GRADIENT, MASTER, Segment
 from gemini.store import Store, Tier
+from gemini.streamed import StreamedUpdates
 from gemini.tensor import ChunkTensor
 from gemini.transfer import Transfer
 from zero.optim.coded import FormatCodec
@@ -32,6 +33,7 @@ from zero.optim.fused import MOMENTS, FusedPiece, fused_step, is_fused, scaled
 from zero.optim.native import NativeKernel
 from zero.optim.native_choice import rule_of, scalars_after
 from zero.optim.straddle import BLOCK_NUMEL, cut_blocks, join, put_back
+from zero.optim.streaming import StreamedWork
 from zero.optim.work import ChunkWork, Group, Piece, Scalars, captured
 
 
@@ -94,6 +96,7 @@ class ChunkUpdater:
         device_piece_numel: the same on the device, where temporaries count against its capacity.
         early_bytes: host memory for what updates inside backward overwrite; 0: there are none.
         fuses: on a device that is not the host, take torch's fused kernel where the optimizer leaves the choice.
+        streamed: carries updates of what lies on the host to the device, for chunks that a plan says it of.
 
     On a worker of the queue the kernel has its share of torch's threads.
 
@@ -115,6 +118,7 @@ class ChunkUpdater:
         device_piece_numel: int = 1 << 20,
         early_bytes: int = 0,
         fuses: bool = False,
+        streamed: StreamedUpdates | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._kind = type(optimizer)
@@ -124,6 +128,7 @@ class ChunkUpdater:
         self._queue = queue
         self._kernel = kernel
         self._fuses = fuses and not store.device.is_host
+        self._streamed = streamed
         self._piece_numel = {True: device_piece_numel, False: piece_numel}  # by whether it is on the device
         self._num_threads = 1
         self._of_thread = threading.local()
@@ -177,6 +182,8 @@ class ChunkUpdater:
                 continue
             before = {tensor: self.scalars.get(tensor) for tensor in groups}
             work = ChunkWork(chunk, chunk.segments, groups, before, factor)
+            if self._begin_streamed(work):
+                continue
             if work.needs_only_host_memory(self.keys):
                 position = len(coming)
                 coming.append(work)
@@ -186,6 +193,24 @@ class ChunkUpdater:
                 self._store.device.host_updates(sum(s.numel for s in work.segments if not s.updates_on_device))
                 self._bring_values(work, self._rounded(work))
                 work.let_go(self._store.disk)
+
+        if self._streamed is not None:
+            self._streamed.start()
+
+    def _begin_streamed(self, work: ChunkWork) -> bool:
+        """Queues an update that is streamed; False if this one is none."""
+        if self._streamed is None or not work.chunk.placement.streams_update:
+            return False
+        whole = StreamedWork(work, self._kind, self._streamed)
+        if not whole.is_possible(self._fuses):
+            return False
+        for key in MOMENTS:
+            self.keys[key] = torch.float32
+            whole.segment.companion(self._store, key, torch.float32)
+        for tensor in work.groups:
+            self.scalars[tensor] = scalars_after(self._kind, work.native_step(tensor))
+        work.chunk.begin_update(self._streamed.submit(whole.begin), nothing)
+        return True
 
     def _read_ahead(self, works: list[ChunkWork]) -> None:
         for work in works:
