@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gemini.heap import own_mapping, prefer_huge_pages
+from gemini.heap import begin_tidy, end_tidy, own_mapping, prefer_huge_pages
 from gemini.hostinfo import host_memory
 from gemini.jobs import HostQueue, InlineQueue, ThreadQueue
 from gemini.work import CountingMode, Work
@@ -235,7 +235,7 @@ class Device(ABC):
         del numel
         return self.activity()
 
-    def host_updates(self, numel: int) -> None:  # noqa: B027 - only virtual time wants to know
+    def host_updates(self, numel: int) -> None:
         """The program itself is about to update so many elements on the host."""
         del numel
 
@@ -294,14 +294,32 @@ class HostDevice(Device):
         self.name = "cpu"
         self.torch_device = torch.device("cpu")
         self.capacity_bytes = host_memory().total_bytes
+        self._is_tidy = False
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A buffer in huge pages, where the machine has them, which goes back to it when it is freed."""
+        """A buffer in huge pages, where the machine has them, which goes back to it when it is freed.
+
+        From the first one on computation's own large blocks go back, too: they lie in the same memory.
+        """
+        if not self._is_tidy:
+            self._is_tidy = True
+            begin_tidy()
         num_bytes = numel * dtype.itemsize
         with own_mapping(num_bytes):
             buffer = super().allocate(numel, dtype)
         prefer_huge_pages(buffer.data_ptr(), num_bytes)
         return buffer
+
+    def take_again(self, buffer: torch.Tensor, numel: int) -> None:
+        """Likewise; in ordinary pages, which were not slower for what lives as short as a gathered copy."""
+        with own_mapping(numel * buffer.dtype.itemsize):
+            super().take_again(buffer, numel)
+
+    def close(self) -> None:
+        """The heap is as it was before the first buffer."""
+        if self._is_tidy:
+            self._is_tidy = False
+            end_tidy()
 
     def memory(self) -> DeviceMemory:
         """Model data only: on the host nobody counts the rest for us."""

@@ -119,7 +119,8 @@ class GatheredChunks:
     def _fetch_early(self, chunk: Chunk, position: int, next_use: NextUse, plan: Plan) -> bool:
         """Fetches a chunk before it is read, unless what is read sooner would have to go; returns whether it could."""
         reserves = plan.reserve_bytes[position : next_use.after(chunk.index, position) + 1]
-        room_bytes = self._device.capacity_bytes - self._device.model_data_bytes - max(reserves)
+        capacity_bytes = self._device.capacity_bytes - plan.spared_bytes
+        room_bytes = capacity_bytes - self._device.model_data_bytes - max(reserves)
         droppable = {index: held.num_bytes for index, held in self._by_index.items() if held.droppable}
         victims = room_for_prefetch(chunk.index, chunk.num_bytes, room_bytes, droppable, next_use, position)
         if victims is None:
@@ -142,7 +143,7 @@ class GatheredChunks:
         if self.eager or self._plan is None or not self._plan.reserve_bytes:
             return self._device.memory().non_model_bytes
         last = len(self._plan.reserve_bytes) - 1
-        return self._plan.reserve_bytes[min(max(0, self._recorder.position), last)]
+        return self._plan.spared_bytes + self._plan.reserve_bytes[min(max(0, self._recorder.position), last)]
 
     def make_room(self, num_bytes: int) -> None:
         """Evicts, furthest next use first, until ``num_bytes`` more and the reserve fit, or nothing more can go."""

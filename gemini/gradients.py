@@ -74,9 +74,12 @@ def send(
 
 
 def drop(segments: Sequence[Segment], store: Store) -> None:
-    """Gives the host memory of gradients back that nobody will read again."""
+    """Gives the host memory of gradients back that nobody will read again.
+
+    On a device whose memory is not the host's they stay: there nobody else can use the room before the next ones come.
+    """
     for segment in segments:
-        if GRADIENT in segment.companions and not segment.updates_on_device:
+        if GRADIENT in segment.companions and (store.device.is_host or not segment.updates_on_device):
             segment.drop(store, GRADIENT)
 
 

@@ -125,6 +125,7 @@ class Plan:
         placements: per chunk, in chunk order.
         reserve_bytes: per moment of the trace, device bytes kept free of model data for activations. Empty until a
             trace exists: chunks are then released as soon as nobody reads them.
+        spared_bytes: of the device, left to others at every moment (:attr:`gemini.policy.Policy.spares_memory`).
         prefetch_depth: moments ahead of which chunks are fetched, as far as room is spare; 0: when they are read.
         predicted_device_peak_bytes: highest device bytes of a step, everything counted; 0 while unknown.
         predicted_fetches: chunk fetches per micro-batch.
@@ -140,6 +141,7 @@ class Plan:
     policy: str
     placements: list[Placement]
     reserve_bytes: list[int] = field(default_factory=list)
+    spared_bytes: int = 0
     prefetch_depth: int = 0
     predicted_device_peak_bytes: int = 0
     predicted_fetches: int = 0

@@ -35,6 +35,9 @@ class Policy:
         profile: rates, for ``auto``.
         prefetch_depth: moments ahead of which chunks are fetched; None: what is predicted to be fastest.
         run: what a step does beside its plan.
+        spares_memory: gathered copies get no more room than the passes cannot do without, though there is more: the
+            device's memory is the host's, which everybody uses, and a copy costs less than it holds. They fill what
+            gradients will take, as long as those have not come.
     """
 
     name: str = "auto"
@@ -43,6 +46,7 @@ class Policy:
     profile: HardwareProfile = field(default_factory=HardwareProfile)
     prefetch_depth: int | None = None
     run: Run = field(default_factory=Run)
+    spares_memory: bool = False
 
     def initial(self, facts: list[ChunkFacts], capacity_bytes: int) -> Plan:
         """The plan before anything is known of activations: ``auto`` offloads all, the others stand already.
@@ -62,7 +66,8 @@ class Policy:
         Raises:
             DoesNotFitError: not even the placement with the least on the device fits (``auto``), or the fixed one.
         """
-        search = Search(facts, trace, capacity_bytes, self.profile, self.run, self.prefetch_depth)
+        spared_bytes = self._spared_bytes(facts, trace, capacity_bytes)
+        search = Search(facts, trace, capacity_bytes - spared_bytes, self.profile, self.run, self.prefetch_depth)
         if self.name == "auto":
             search.run()
             try_streamed(search, facts, trace, capacity_bytes, self.profile, self.run, self.prefetch_depth)
@@ -72,7 +77,15 @@ class Policy:
         _describe(plan, facts)
         if not prediction.fits:
             raise does_not_fit(facts, plan, trace, capacity_bytes)
+        plan.spared_bytes = spared_bytes
         return with_prediction(plan, prediction, trace)
+
+    def _spared_bytes(self, facts: list[ChunkFacts], trace: Trace, capacity_bytes: int) -> int:
+        """Of the capacity, what the plan leaves alone."""
+        if not self.spares_memory:
+            return 0
+        placements = offload_all("auto", facts).placements if self.name == "auto" else self._fixed(facts).placements
+        return max(0, capacity_bytes - required_bytes(facts, placements, trace, with_margin=True))
 
     def refusal(self, facts: list[ChunkFacts], trace: Trace, capacity_bytes: int) -> DoesNotFitError:
         """Why a trace does not fit, be it for one that :meth:`decide` does not see, such as an evaluation's."""

@@ -11,10 +11,11 @@ from torch import nn
 
 import zero
 from gemini.arena import HostArena
+from gemini.device import HostDevice
 from gemini.heap import LARGE_BYTES, give_back_free_memory, own_mapping
 from gemini.hostinfo import process_rss_bytes
 from gemini.simulated import SimulatedDevice
-from zero.precision import gradient_statistics
+from zero.precision import gradient_statistics, unscaled
 
 MB = 10**6
 glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do without")
@@ -54,6 +55,59 @@ def test_a_large_block_inside_own_mapping_goes_when_it_is_freed() -> None:
         pass
 
 
+def _freed_bytes() -> int:
+    """What goes back to the machine of 64 MB of computation's blocks, each with something small behind it."""
+    blocks, small = [], []
+    for _ in range(8):
+        blocks.append(torch.ones(8 * MB, dtype=torch.uint8))
+        small.append(torch.ones(1000))
+    held_bytes = process_rss_bytes()
+    blocks.clear()
+    return held_bytes - process_rss_bytes()
+
+
+@glibc_only
+def test_where_the_host_is_the_device_computation_leaves_no_holes() -> None:
+    devices = [HostDevice(), HostDevice()]
+    for device in devices:
+        device.allocate(16, torch.float32)
+    assert _freed_bytes() > 60 * MB
+    devices[0].close()
+    devices[0].close()  # once more does nothing
+    assert _freed_bytes() > 60 * MB, "another engine is still there"
+    devices[1].close()
+    assert _freed_bytes() < 60 * MB, "the heap is the user's own again"
+
+
+@glibc_only
+def test_gathered_copies_on_the_host_give_their_memory_back() -> None:
+    device = HostDevice()
+    buffers = [device.allocate(8 * MB, torch.uint8).fill_(1) for _ in range(4)]
+    small = []
+    for _ in range(5):
+        for buffer in buffers:
+            device.give_back(buffer)
+            small.append(torch.ones(1000))
+        for buffer in buffers:
+            device.take_again(buffer, 8 * MB)
+            buffer.fill_(1)
+            small.append(torch.ones(1000))
+    held_bytes = process_rss_bytes()
+    for buffer in buffers:
+        device.give_back(buffer)
+    assert held_bytes - process_rss_bytes() > 30 * MB
+    device.close()
+
+
+def test_the_norm_of_the_largest_gradients_keeps_no_copy() -> None:
+    scratch: dict[torch.device, torch.Tensor] = {}
+    small, large = torch.ones(1000, dtype=torch.bfloat16), torch.ones(9 << 20, dtype=torch.bfloat16)
+    kept = unscaled(small, 1.0, scratch)
+    assert scratch[small.device].data_ptr() == kept.data_ptr()
+    assert torch.equal(unscaled(large, 0.5, scratch), large.float() * 0.5)
+    assert sum(buffer.nbytes for buffer in scratch.values()) <= 4 * small.numel()
+
+
 def _engine(**memory: Any) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 300), nn.Tanh(), nn.Linear(300, 5))
@@ -82,6 +136,28 @@ def test_zero_grad_frees_gradients_as_torch_does() -> None:
     engine.zero_grad()
     assert "gradients" not in engine.memory_report().host_bytes_by_kind
     assert model[0].weight.grad is None
+    assert torch.equal(shown, values), "what the user still holds stays"
+    engine.check_integrity()
+    _backward(engine)
+    engine.step()
+    engine.check_integrity()
+    engine.close()
+
+
+def test_zero_grad_frees_gradients_where_the_host_is_the_device() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 300), nn.Tanh(), nn.Linear(300, 5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config = {"device": {"type": "cpu"}, "precision": {"dtype": "bf16"}}
+    engine, *_ = zero.initialize(model, optimizer, config=config)
+    _backward(engine)
+    shown = model[0].weight.grad
+    values = shown.clone()
+    engine.step()
+    gradients_bytes = 2 * sum(p.numel() for p in model.parameters())
+    assert engine.memory_report().device_bytes_by_kind["gradients"] == gradients_bytes
+    engine.zero_grad()
+    assert "gradients" not in engine.memory_report().device_bytes_by_kind
     assert torch.equal(shown, values), "what the user still holds stays"
     engine.check_integrity()
     _backward(engine)

@@ -308,3 +308,25 @@ def test_a_trace_without_moments_is_enough_to_plan_with(facts: list[ChunkFacts],
         assert capacity_bytes < max(fact.value_bytes for fact in facts)
     else:
         assert plan.reserve_bytes == []
+
+
+@given(case=cases(), name=st.sampled_from(["cpu", "cuda", "auto"]))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_a_plan_that_spares_memory_takes_what_the_passes_need_and_no_more(
+    case: tuple[list[ChunkFacts], Trace, int, HardwareProfile], name: str
+) -> None:
+    facts, trace, capacity_bytes, profile = case
+    policy = Policy(name, profile=profile)
+    sparing = replace(policy, spares_memory=True)
+    try:
+        policy.decide(facts, trace, capacity_bytes)
+    except DoesNotFitError:
+        with pytest.raises(DoesNotFitError):
+            sparing.decide(facts, trace, capacity_bytes)
+        return
+    plan = sparing.decide(facts, trace, capacity_bytes)
+    asked = plan.placements if name != "auto" else [Placement() for _ in facts]
+    needed_bytes = required_bytes(facts, asked, trace, with_margin=True)
+    assert plan.predicted_device_peak_bytes <= needed_bytes
+    assert plan.spared_bytes == max(0, capacity_bytes - needed_bytes)
+    assert plan.reserve_bytes == [moment.reserve_bytes for moment in trace.moments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,43 @@ def test_memory_of_a_rank_falls_with_their_number(capsys: pytest.CaptureFixture[
             # What each rank has whole (small chunks), and padding, are a few KiB.
             assert row["host_bytes"] + row["device_bytes"] < whole_bytes / num_ranks * 1.02 + 64 * 1024
             assert row["h2d_bytes"] <= alone["h2d_bytes"] / num_ranks * 1.1 + 64 * 1024
+
+
+def peak(spares_memory: bool) -> dict[str, Any]:
+    """Three steps where the host is the device; the highest bytes of the last one beyond what stays."""
+    import torch.distributed as dist
+
+    import zero
+    import zero.engine
+    from tests.rank_case import digest
+
+    original = zero.engine.make_policy
+    zero.engine.make_policy = lambda *about: replace(original(*about), spares_memory=spares_memory)
+    model = _model(128)
+    config = {
+        "device": {"type": "cpu"},
+        "parallel": {"replicate": "1B"},
+        "precision": {"dtype": "bf16", "reduce": "bf16"},
+    }
+    engine, *_ = zero.initialize(model, torch.optim.AdamW(model.parameters()), config=config)
+    for step in range(3):
+        engine.zero_grad()
+        engine.backward(engine(**share(step, 0, dist.get_rank(), dist.get_world_size())).loss)
+        engine.step()
+    staying_bytes = sum(engine.memory_report().device_bytes_by_kind.values())
+    engine.check_integrity()
+    values_bytes = 2 * sum(p.numel() for p in model.parameters())
+    return {
+        "beyond": (engine.last_step_peak_bytes - staying_bytes) / values_bytes,
+        "digest": digest(engine.module.state_dict()),
+    }
+
+
+def test_on_the_host_ranks_do_not_keep_the_whole_model_gathered() -> None:
+    sparing, keeping = run_ranks(peak, 4, True), run_ranks(peak, 4, False)
+    assert {rank["digest"] for rank in sparing} == {keeping[0]["digest"]}
+    assert all(rank["beyond"] > 0.75 for rank in keeping)
+    assert all(rank["beyond"] < 0.6 for rank in sparing)
 
 
 def read(folder: str) -> dict[str, Any]:

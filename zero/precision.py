@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 
+from gemini.heap import prefer_huge_pages
 from gemini.tensor import ChunkTensor
 from zero.errors import UserError
 from zero.gradient import gradient_pieces
+
+_MOST_KEPT_BYTES = 32 << 20
+"""Of a gradient's copy in fp32. Where glibc's own threshold is highest, larger blocks have a mapping of their own."""
 
 
 @dataclass
@@ -155,14 +159,18 @@ def _known_norms(tensors: list[ChunkTensor | torch.Tensor], inverse_scale: float
 def unscaled(flat: torch.Tensor, inverse_scale: float, scratch: dict[torch.device, torch.Tensor]) -> torch.Tensor:
     """A gradient in fp32, unscaled; in a buffer that the next one overwrites, unless it is that already.
 
-    One buffer for all: fresh temporaries would leave the C library's heap full of holes (see :mod:`gemini.heap`).
+    One buffer for all: fresh temporaries would leave the C library's heap full of holes (see :mod:`gemini.heap`). The
+    largest, an embedding's as a rule, would be half as large as all gradients: they have mappings of their own, which go.
     """
     if flat.dtype == torch.float32 and inverse_scale == 1.0:
         return flat
     buffer = scratch.get(flat.device)
     if buffer is None or buffer.numel() < flat.numel():
-        scratch.pop(flat.device, None)
-        buffer = scratch[flat.device] = torch.empty(flat.numel(), dtype=torch.float32, device=flat.device)
+        buffer = torch.empty(flat.numel(), dtype=torch.float32, device=flat.device)
+        if buffer.nbytes > _MOST_KEPT_BYTES and flat.device.type == "cpu":
+            prefer_huge_pages(buffer.data_ptr(), buffer.nbytes)
+        else:
+            scratch[flat.device] = buffer
     gradient = buffer[: flat.numel()].copy_(flat)
     return gradient if inverse_scale == 1.0 else gradient.mul_(inverse_scale)
 

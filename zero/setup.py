@@ -87,6 +87,7 @@ def make_policy(config: Config, device: Device, exchange: Exchange = ALONE) -> P
         profile_of(config, device, exchange),
         None if memory.prefetch == "auto" else memory.prefetch,
         Run(config.train.gradient_accumulation_steps, device.most_bytes_on_way),
+        spares_memory=device.is_host,
     )
 
 

@@ -28,7 +28,7 @@ from systems import SYSTEMS
 from worker import SHAPES
 
 RUNS = "runs.jsonl"
-DEFAULT = ["plain", "plain_master", "ours", "ours_cpu", "fsdp2_offload", "deepspeed"]
+DEFAULT = ["plain", "plain_master", "ours", "ours_lean", "ours_cpu", "fsdp2_offload", "deepspeed"]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
