@@ -148,7 +148,7 @@ class Search:
 
     def consider(self, placements: list[Placement], most_s: float) -> None:
         """Takes placements that fit, if they are faster than the best found, and take less than ``most_s``."""
-        for depth in self._depths:
+        for depth in self._depths if self._tries_all_depths else (self.depth,):
             if self._time(placements, depth) < most_s:
                 self._take_if_faster(placements, depth)
 

@@ -205,7 +205,8 @@ class StreamedUpdates:
         lane.stream.run(lambda: update(piece, wide), piece.numel)
         for there, here in self._ways_back(segment, piece):
             lane.stream.copy(here[inside], there)
-            self._transfer.d2h_bytes += there.nbytes
+            stays = here is segment.values and segment.value_tier is Tier.DEVICE
+            self._transfer.d2h_bytes += 0 if stays else there.nbytes
 
     @staticmethod
     def _ways_back(segment: Segment, piece: Segment) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:

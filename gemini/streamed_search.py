@@ -50,6 +50,8 @@ def try_streamed(
             continue
         for placements in _streamed(facts, base):
             search.consider(placements, most_s)
+    if any(placement.streams_update for placement in search.placements):
+        search.take(search.placements)
 
 
 def _streamed(facts: list[ChunkFacts], base: list[Placement]) -> Iterator[list[Placement]]:

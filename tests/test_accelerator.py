@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from transformers import (
 )
 
 import zero
+from gemini.plan import ChunkFacts, Plan
+from gemini.segment import Placement
 from zero.engine import Engine
 
 VOCAB, ROWS, LENGTH, NUM_STEPS = 512, 4, 64, 5
@@ -180,6 +183,33 @@ def test_what_moves_memory_changes_no_bit(where: str, tables: dict[str, dict[str
     for name, table in tables.items():
         base[name] |= table
     _assert_same(_train("opt", _config(where, "bf16", **base)), _train("opt", _config(where, "bf16", **off)))
+    torch.use_deterministic_algorithms(False)
+
+
+def _train_placed(where: str, placements: Callable[[ChunkFacts], Placement]) -> tuple[list[float], dict[str, Tensor]]:
+    """Every chunk is placed so from the first step on."""
+    engine = _engine("llama", _config(where, "bf16", memory={"policy": "cpu"}, optimizer={"kernel": "auto"}))
+    losses = []
+    for index in range(NUM_STEPS):
+        engine.manager.apply(Plan("test", [placements(fact) for fact in engine.facts]))
+        engine._planner.needs_plan = False
+        engine.zero_grad()
+        loss = engine(**_batch(index)).loss
+        engine.backward(loss)
+        engine._planner.needs_plan = False
+        engine.step()
+        losses.append(float(loss.detach()))
+        engine.manager.check_integrity()
+    engine.close()
+    return losses, {name: tensor.cpu() for name, tensor in engine.module.state_dict().items()}
+
+
+@pytest.mark.parametrize("where", DEVICES)
+def test_a_streamed_update_is_one_of_states_that_stay(where: str) -> None:
+    torch.use_deterministic_algorithms(where == "cuda", warn_only=True)
+    resident = _train_placed(where, lambda fact: Placement(0, fact.numel))
+    _assert_same(_train_placed(where, lambda fact: Placement(streams_update=True)), resident)
+    _assert_same(_train_placed(where, lambda fact: Placement(fact.numel, 0, streams_update=True)), resident)
     torch.use_deterministic_algorithms(False)
 
 

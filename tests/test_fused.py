@@ -44,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # -- the same bits ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", ["auto", "native"])
+@pytest.mark.parametrize("kernel", ["auto", pytest.param("native", marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
 @pytest.mark.parametrize(("dtype", "clip"), [("fp32", None), ("bf16", 0.05), ("fp16", 0.05)])
 def test_states_on_the_device_are_updated_by_the_fused_kernel(

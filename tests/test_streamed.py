@@ -39,7 +39,7 @@ from zero.engine import Engine
 
 ROOMY = 1 << 30
 AUTO = {"kernel": "auto"}
-ORDERS = ("procrastinating", "random", "immediate")
+ORDERS = ("procrastinating", *(pytest.param(order, marks=pytest.mark.full) for order in ("random", "immediate")))
 
 
 def _fused_adamw(named: Any) -> torch.optim.Optimizer:
@@ -141,7 +141,7 @@ def test_streamed_updates_are_plain_fused_ones(dtype: str, clip: float | None, o
     assert got.extra["report"].predicted_device_peak_bytes == got.extra["report"].device_peak_bytes
 
 
-@pytest.mark.parametrize("piece_numel", [64, 4096, None])
+@pytest.mark.parametrize("piece_numel", [*(pytest.param(n, marks=pytest.mark.full) for n in (64, None)), 4096])
 @pytest.mark.parametrize(("resident", "every"), [(0.0, 2), (1.0, 1), (0.5, 2)])
 def test_pieces_residents_and_a_mixture_with_the_host(resident: float, every: int, piece_numel: int | None) -> None:
     got = run_streamed(_recipe(), resident=resident, every=every, piece_numel=piece_numel)
@@ -411,7 +411,7 @@ def test_a_step_by_hand() -> None:
     assert found.busy_s[OUT] == pytest.approx(2 * 12)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in (1, 2))])
 def test_virtual_time_is_as_predicted(seed: int) -> None:
     draw = random.Random(seed)
     link = SLOW_CORES.h2d_bytes_per_s * draw.uniform(0.5, 2.0)
