@@ -3,6 +3,8 @@
 A small model is trained on the simulated device under random placements, capacities, prefetch depths and machines. The
 simulated device reckons in virtual time when each copy, update and operator of the real manager, hooks and optimizer
 would have happened; `gemini.timeline` predicts the same step from the trace alone. This prints how far they are apart.
+In bf16 every fifth plan has something beside it: saved activations on the host, updates inside backward, states or values
+on disk, or states in another format.
 
     python benchmarks/virtual_time.py                       50 plans, about a minute
     python benchmarks/virtual_time.py --plans 200 --csv virtual_time.csv
@@ -17,23 +19,31 @@ import logging
 import random
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemini.clock import COMPUTE, IN, OUT, UPDATE
+from gemini.clock import COMPUTE, DISK, IN, OUT, UPDATE
+from gemini.homes import spill
+from gemini.plan import ChunkFacts, host_bytes
 from gemini.profile import HardwareProfile
 from gemini.search import static_placements
+from gemini.segment import Placement
 from gemini.simulated import SimulatedDevice
 from gemini.timeline import required_bytes
+from gemini.trace import Trace
 from zero.config.loading import load_config
 from zero.engine import Engine
 
 _TOKENS = (4, 32)
 _STEPS = 4  # warm-up; first updates; under the plan; the same once more, which is measured
-_RESOURCES = (COMPUTE, IN, OUT, UPDATE)
+_RESOURCES = (COMPUTE, IN, OUT, UPDATE, DISK)
+PLAIN = "plain"
+BESIDE = ("activations", "early", "disk", "values on disk", "split", "8bit")
+"""What a plan may have beside it."""
 
 
 def tiny_model() -> torch.nn.Module:
@@ -69,6 +79,8 @@ def random_profile(draw: random.Random) -> HardwareProfile:
         device_fp32_flops_per_s=10 ** draw.uniform(7.8, 9.2),
         device_bytes_per_s=10 ** draw.uniform(7.5, 9.0),
         launch_s=draw.choice([0.0, 1e-5, 1e-4]),
+        disk_read_bytes_per_s=link * draw.uniform(0.5, 2.0),
+        disk_write_bytes_per_s=link * draw.uniform(0.3, 1.0),
     )
 
 
@@ -76,6 +88,7 @@ def random_profile(draw: random.Random) -> HardwareProfile:
 class Case:
     """One plan on one machine, and what became of it."""
 
+    beside: str
     parameters: float
     optimizer: float
     depth: int
@@ -97,18 +110,20 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def make_engine(device: SimulatedDevice, dtype: str, memory: dict[str, Any]) -> Engine:
-    """An engine on a device, with clipping."""
+def make_engine(device: SimulatedDevice, dtype: str, memory: dict[str, Any], beside: str = PLAIN) -> Engine:
+    """An engine on a device, with clipping unless updates are to begin inside backward."""
     config = load_config(
         {
             "device": {"type": "simulated", "memory": device.capacity_bytes},
-            "memory": {"chunk": "64KiB", **memory},
-            "precision": {"dtype": dtype},
-            "optimizer": {"kernel": "torch"},
-            "train": {"max_grad_norm": 1.0},
+            "memory": {"chunk": "64KiB", **memory} | ({"activations": "host"} if beside == "activations" else {}),
+            "precision": {"dtype": dtype, "optimizer_state": beside if beside in ("split", "8bit") else "fp32"},
+            "optimizer": {"kernel": "torch", "early": beside == "early"},
+            "train": {"max_grad_norm": None if beside == "early" else 1.0},
         }
     )
     model = tiny_model()
+    if beside == "activations":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return Engine(model, torch.optim.AdamW(model.parameters(), lr=1e-3), None, config, device, None)
 
 
@@ -136,15 +151,29 @@ class Laboratory:
     def __init__(self, dtype: str = "bf16") -> None:
         torch.set_num_threads(1)
         self._dtype = dtype
-        engine = make_engine(SimulatedDevice(1 << 30, poison=False), dtype, {"policy": "cpu"})
-        engine.backward(engine(**batch()).loss)
-        trace = engine.manager.trace
-        if trace is None:
-            raise RuntimeError("nothing was recorded")
-        self._facts, self._trace = engine.facts, trace
-        engine.close()
+        self._known: dict[str, tuple[list[ChunkFacts], Trace]] = {}
 
-    def try_plan(self, parameters: float, optimizer: float, depth: int, room: float, profile: HardwareProfile) -> Case:
+    def _pass(self, beside: str) -> tuple[list[ChunkFacts], Trace]:
+        """Facts and trace of the model."""
+        if beside not in self._known:
+            engine = make_engine(SimulatedDevice(1 << 30, poison=False), self._dtype, {"policy": "cpu"}, beside)
+            engine.backward(engine(**batch()).loss)
+            trace = engine.manager.trace
+            if trace is None:
+                raise RuntimeError("nothing was recorded")
+            self._known[beside] = engine.facts, trace
+            engine.close()
+        return self._known[beside]
+
+    def try_plan(
+        self,
+        parameters: float,
+        optimizer: float,
+        depth: int,
+        room: float,
+        profile: HardwareProfile,
+        beside: str = PLAIN,
+    ) -> Case:
         """Trains under a plan on a machine.
 
         Args:
@@ -153,34 +182,52 @@ class Laboratory:
             depth: of prefetching.
             room: 0: as little as the plan needs; 1: room for all parameters beside it.
             profile: the machine.
+            beside: one of :data:`BESIDE`, or nothing.
         """
-        placements = static_placements(self._facts, parameters, optimizer)
-        least_bytes = required_bytes(self._facts, placements, self._trace, with_margin=True) * 21 // 20
-        capacity_bytes = least_bytes + int(room * sum(fact.gathered_bytes for fact in self._facts))
-        memory = {
+        facts, trace = self._pass(beside)
+        placements = static_placements(facts, parameters, optimizer)
+        least_bytes = required_bytes(facts, placements, trace, with_margin=True) * 21 // 20
+        capacity_bytes = least_bytes + int(room * sum(fact.gathered_bytes for fact in facts))
+        memory: dict[str, Any] = {
             "policy": "static",
             "resident_parameters": parameters,
             "resident_optimizer": optimizer,
             "prefetch": depth,
         }
         device = SimulatedDevice(capacity_bytes, poison=False, profile=profile)
-        engine = make_engine(device, self._dtype, memory)
-        simulated_s = steps_s(engine, _STEPS)
-        plan = engine.plan
-        engine.close()
+        with tempfile.TemporaryDirectory() as folder:
+            if "disk" in beside:
+                memory |= {"disk": folder, "host": _host_bytes(facts, beside), "pin": False}
+            engine = make_engine(device, self._dtype, memory, beside)
+            simulated_s = steps_s(engine, _STEPS)
+            plan = engine.plan
+            engine.close()
         slowest = max(_RESOURCES, key=lambda lane: plan.predicted_busy_s[lane])
         busy_s = plan.predicted_busy_s[slowest]
-        return Case(parameters, optimizer, depth, capacity_bytes, plan.predicted_step_s, simulated_s, slowest, busy_s)
+        found = plan.predicted_step_s, simulated_s, slowest, busy_s
+        return Case(beside, parameters, optimizer, depth, capacity_bytes, *found)
+
+
+def _host_bytes(facts: list[ChunkFacts], beside: str) -> int:
+    """So much memory that a half of the states, or all of them and a half of the values, go to disk."""
+    everything = host_bytes(facts, [Placement() for _ in facts])
+    states = sum(int(fact.numel * (fact.companion_bytes_per_numel - fact.gradient_itemsize)) for fact in facts)
+    values = sum(fact.value_bytes for fact in facts)
+    limit_bytes = everything - (states // 2 if beside == "disk" else states + values // 2)
+    if not any(fact.companions_on_disk for fact in spill(facts, limit_bytes)):
+        raise RuntimeError("nothing goes to disk")
+    return limit_bytes
 
 
 def random_cases(num_plans: int, seed: int = 0, dtype: str = "bf16") -> list[Case]:
     """So many plans, each on a machine of its own."""
     draw, laboratory = random.Random(seed), Laboratory(dtype)
     cases = []
-    for _ in range(num_plans):
+    for number in range(num_plans):
+        beside = BESIDE[number // 5 % len(BESIDE)] if number % 5 == 4 and dtype == "bf16" else PLAIN
         fractions = [draw.choice([0.0, 1.0, draw.random(), draw.random()]) for _ in range(2)]
         depth, room = draw.randrange(5), draw.choice([0.0, 0.1, 0.3, 1.0])
-        cases.append(laboratory.try_plan(*fractions, depth, room, random_profile(draw)))
+        cases.append(laboratory.try_plan(*fractions, depth, room, random_profile(draw), beside))
     return cases
 
 
@@ -205,10 +252,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("zero").setLevel(logging.ERROR)
     cases = random_cases(asked.plans, asked.seed, asked.dtype)
     out = sys.stdout
-    out.write("resident  states  depth  capacity  predicted s  simulated s    error  slowest\n")
+    out.write("beside          resident  states  depth  capacity  predicted s  simulated s    error  slowest\n")
     for case in cases:
         out.write(
-            f"{case.parameters:8.2f} {case.optimizer:7.2f} {case.depth:6d} {case.capacity_bytes:9d} "
+            f"{case.beside:15s} {case.parameters:8.2f} {case.optimizer:7.2f} {case.depth:6d} {case.capacity_bytes:9d} "
             f"{case.predicted_s:12.3f} {case.simulated_s:12.3f} {100 * case.error:+7.1f}%  {case.slowest}\n"
         )
     out.write(summary(cases) + "\n")

@@ -45,6 +45,7 @@ class SavedOnHost:
         # Recorded by the stream that carries it out, and waited for at the next one, so that the program does not run
         # ahead of the copies: until then the allocator keeps the tensor's memory.
         self._gone = owner.transfer.activation_out(self._slot.buffer, saved.detach().view(-1))
+        owner.transfer.device.work.saved_bytes += saved.nbytes
         self._back: tuple[torch.Tensor, Event] | None = None
 
     def wait_gone(self) -> None:
@@ -69,6 +70,7 @@ class SavedOnHost:
             raise RuntimeError("a tensor that was fetched is not there")
         (tensor, event), self._back = self._back, None
         self._owner.transfer.device.wait(event)
+        self._owner.transfer.device.work.brought_bytes += tensor.nbytes
         before = self._before() if self._before is not None else None
         self._before = None
         if before is not None:

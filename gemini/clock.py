@@ -1,7 +1,8 @@
-"""When things happen, by a profile: the program, the device's computation, the link both ways, and updates on the host.
+"""When things happen, by a profile: the program, the device's computation, the link both ways, updates on the host, the
+disk, and the exchange with other ranks.
 
 One rule for two users. The schedule of a plan (:mod:`gemini.schedule`) asks it to predict; the simulated device asks it
-while a run really queues copies, jobs and operators. Each of the five is a queue: what is put into it begins when the
+while a run really queues copies, jobs and operators. Each of them is a queue: what is put into it begins when the
 queue is free and what it waits for has happened.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gemini.profile import HardwareProfile
+from gemini.profile import HardwareProfile, HostUpdate
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Span:
 
 
 COMPUTE, IN, OUT, UPDATE, WAIT = "device", "host to device", "device to host", "host update", "program waits"
-LANES = (COMPUTE, IN, OUT, UPDATE, WAIT)
+DISK, EXCHANGE = "disk", "between ranks"
+LANES = (COMPUTE, IN, OUT, UPDATE, DISK, EXCHANGE, WAIT)
 ISSUE = "program issues"
 """What the program takes to issue operators, copies and updates; in :attr:`Clock.busy_s` only."""
 
@@ -69,7 +71,7 @@ class _Link:
 
 
 class Clock:
-    """Five queues.
+    """The queues.
 
     Args:
         profile: of the machine.
@@ -88,6 +90,10 @@ class Clock:
         self.host_s = self.compute_s = self.update_s = 0.0
         self._in = _Link(profile.h2d_bytes_per_s, profile.both_bytes_per_s)
         self._out = _Link(profile.d2h_bytes_per_s, profile.both_bytes_per_s)
+        # When the disk is free; when the update queued last begins; its bytes that the disk has not written yet, and from
+        # when on it may.
+        self._disk_s = self._update_start_s = 0.0
+        self._unwritten: tuple[int, float] | None = None
         self.spans: list[Span] | None = [] if draws else None
         self.busy_s = dict.fromkeys((*LANES, ISSUE), 0.0)
 
@@ -142,20 +148,57 @@ class Clock:
         self._note(lane, label, start_s, stop_s, num_bytes)
         return stop_s
 
-    def update(self, numel: int, label: str = "") -> float:
+    def exchange(self, num_bytes: float, label: str = "") -> None:
+        """The program issues an exchange between ranks, which takes its turn among the device's computation.
+
+        Args:
+            num_bytes: that this rank receives.
+            label: what it was.
+        """
+        self._issue(1)
+        start_s = max(self.compute_s, self.host_s)
+        self.compute_s = start_s + num_bytes / self.profile.rank_link_bytes_per_s
+        self._note(EXCHANGE, label, start_s, self.compute_s, int(num_bytes))
+
+    def update(self, what: HostUpdate, label: str = "", earliest_s: float = 0.0) -> float:
         """The program queues an update on the host; returns when it is done."""
         self._issue(1)
-        start_s = max(self.update_s, self.host_s)
-        self.update_s = start_s + self.profile.host_update_s(numel)
+        return self._update(what, max(self.update_s, self.host_s, earliest_s), label)
+
+    def update_now(self, what: HostUpdate, label: str = "") -> None:
+        """The program itself updates on the host: with the cores and the memory that updates beside it would need."""
+        self.wait(max(self.update_s, self.host_s), label)
+        self.wait(self._update(what, self.host_s, label), label)
+
+    def _update(self, what: HostUpdate, start_s: float, label: str) -> float:
+        if what.disk_bytes:
+            # What is on disk is read while the update before it runs, and written while the one after it does.
+            start_s = max(start_s, self.read_disk(what.disk_bytes, max(self.host_s, self._update_start_s), label))
+            self.write_disk(label)
+        self._update_start_s = start_s
+        self.update_s = start_s + self.profile.host_update_s(what.numel, what.bytes_per_numel, what.speed)
         self._note(UPDATE, label, start_s, self.update_s)
+        if what.disk_bytes:
+            self._unwritten = what.disk_bytes, self.update_s
         return self.update_s
 
-    def update_now(self, numel: int, label: str = "") -> None:
-        """The program itself updates on the host: with the cores and the memory that updates beside it would need."""
-        start_s = max(self.update_s, self.host_s)
-        self.wait(start_s, label)
-        self.host_s = self.update_s = start_s + self.profile.host_update_s(numel)
-        self._note(UPDATE, label, start_s, self.host_s)
+    def read_disk(self, num_bytes: int, earliest_s: float = 0.0, label: str = "") -> float:
+        """Something is read from disk; returns when it is there. What is to be written and can be comes first."""
+        if self._unwritten is not None and self._unwritten[1] <= max(self._disk_s, earliest_s):
+            self.write_disk(label)
+        return self._use_disk(num_bytes / self.profile.disk_read_bytes_per_s, earliest_s, label, num_bytes)
+
+    def write_disk(self, label: str = "") -> None:
+        """The disk writes what an update has left for it."""
+        if self._unwritten is not None:
+            (num_bytes, earliest_s), self._unwritten = self._unwritten, None
+            self._use_disk(num_bytes / self.profile.disk_write_bytes_per_s, earliest_s, label, num_bytes)
+
+    def _use_disk(self, duration_s: float, earliest_s: float, label: str, num_bytes: int) -> float:
+        start_s = max(self._disk_s, earliest_s)
+        self._disk_s = start_s + duration_s
+        self._note(DISK, label, start_s, self._disk_s, num_bytes)
+        return self._disk_s
 
     def touch_host_memory(self, num_bytes: float, label: str = "") -> None:
         """The program itself reads or writes host memory."""

@@ -36,10 +36,12 @@ class Codec(ABC):
         parts: the companions, all there from the beginning, zero: states are zero then, and the master is the values.
             Beside them, where companions and values part, the key of the master names a copy of the values.
         states: keys under which master and states are read and written.
+        speed: of an update on the host, where the cores and not the memory set it, as a multiple of that with fp32 states.
     """
 
     parts: tuple[Part, ...]
     states: tuple[str, ...]
+    speed: float = 1.0
 
     @property
     def block_numel(self) -> int:

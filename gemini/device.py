@@ -17,6 +17,7 @@ import torch
 from gemini.heap import begin_tidy, end_tidy, own_mapping, prefer_huge_pages
 from gemini.hostinfo import host_memory
 from gemini.jobs import HostQueue, InlineQueue, ThreadQueue
+from gemini.profile import HostUpdate
 from gemini.work import CountingMode, Work
 
 
@@ -235,9 +236,21 @@ class Device(ABC):
         del numel
         return self.activity()
 
-    def host_updates(self, numel: int) -> None:
-        """The program itself is about to update so many elements on the host."""
-        del numel
+    def host_updates(self, update: HostUpdate) -> None:
+        """The program itself updates on the host."""
+        del update
+
+    def will_read(self, buffer: torch.Tensor) -> None:
+        """The disk begins to read a buffer there."""
+        del buffer
+
+    def reads(self, buffer: torch.Tensor) -> None:
+        """The program needs a buffer on disk now."""
+        del buffer
+
+    def exchanges(self, num_bytes: int) -> None:
+        """So many bytes come from other ranks."""
+        del num_bytes
 
     def bookkeeping(self) -> contextlib.AbstractContextManager[Any]:
         """A context for the manager's own work: what it makes inside is counted by itself, or lies on the host."""

@@ -173,6 +173,7 @@ class Holdings:
             for segment in self._segments:
                 if segment.value_tier is Tier.DISK:
                     self._store.disk.will_need(segment.values)
+                    self._store.device.will_read(segment.values)
 
     def growth_bytes(self, placement: Placement) -> int:
         """Device bytes that a placement would add; negative where it frees some."""

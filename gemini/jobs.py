@@ -8,8 +8,14 @@ the same cores, and on the simulated device as late as possible, so that a missi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from gemini.profile import HostUpdate
+
+if TYPE_CHECKING:
+    from gemini.device import Event
 
 Work = Callable[[], None]
 
@@ -43,12 +49,13 @@ class HostQueue(ABC):
     num_workers = 1
 
     @abstractmethod
-    def submit(self, work: Work, numel: int = 0) -> Job:
+    def submit(self, work: Work, update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
         """Queues ``work``. What it reads and writes is nobody else's until the job has been waited for.
 
         Args:
             work: to be done.
-            numel: elements that it updates, for a device that reckons what that takes.
+            update: that it is, for a device that reckons what that takes.
+            after: what the work itself waits for, likewise.
         """
 
     def close(self) -> None:  # noqa: B027 - only threads have an end
@@ -70,9 +77,9 @@ class InlineQueue(HostQueue):
 
     runs_beside = False
 
-    def submit(self, work: Work, numel: int = 0) -> Job:
+    def submit(self, work: Work, update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
         """Runs ``work`` now."""
-        del numel
+        del update, after
         work()
         return DONE
 
@@ -102,9 +109,9 @@ class ThreadQueue(HostQueue):
         self.num_workers = num_workers
         self._pool = ThreadPoolExecutor(num_workers, "zero-update")
 
-    def submit(self, work: Work, numel: int = 0) -> Job:
+    def submit(self, work: Work, update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
         """Queues ``work`` for the next thread that is free."""
-        del numel
+        del update, after
         return _ThreadJob(self._pool.submit(work))
 
     def close(self) -> None:

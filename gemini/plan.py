@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from gemini.codec import Codec
 from gemini.exchange import Shard
 from gemini.layout import ChunkLayout
+from gemini.profile import HostUpdate
 from gemini.segment import Homes, Placement
 from gemini.store import Tier
 
@@ -38,6 +39,41 @@ class ChunkFacts:
     """Bytes per element of a codec's parts (part of ``companion_bytes_per_numel``); 0 where nothing is coded."""
     block_numel: int = 1
     """The chunk may be cut at multiples of so many elements."""
+    update_speed: float = 1.0
+    """As :attr:`gemini.codec.Codec.speed` has it."""
+
+    @property
+    def _state_bytes_per_numel(self) -> float:
+        """Of master, where it is not the values, and states."""
+        return self.companion_bytes_per_numel - self.gradient_itemsize
+
+    def host_update(self, placement: Placement, early: bool = False) -> HostUpdate:
+        """The update of what has its companions on the host.
+
+        Args:
+            placement: of the chunk.
+            early: it begins inside backward, and keeps what it overwrites.
+        """
+        numel = self.numel - placement.companion_numel
+        values = (
+            2 * self.value_itemsize if self.master_is_values else self.value_itemsize
+        )  # read and written, or written
+        per_numel = self.gradient_itemsize + 2 * self._state_bytes_per_numel + values
+        if early:
+            per_numel += 2 * self.overwritten_bytes(placement) / max(1, numel)
+        on_disk = self._state_bytes_per_numel * self.companions_on_disk
+        disk_bytes = int(on_disk * numel)
+        if self.values_on_disk:
+            disk_bytes += self.value_itemsize * (self.numel - max(placement.resident_numel, placement.companion_numel))
+        return HostUpdate(numel, per_numel, self.update_speed, disk_bytes)
+
+    def overwritten_bytes(self, placement: Placement) -> int:
+        """On the host or on disk by an update on the host."""
+        numel = self.numel - placement.companion_numel
+        values = (
+            numel if self.master_is_values else self.numel - max(placement.resident_numel, placement.companion_numel)
+        )
+        return int(self._state_bytes_per_numel * numel) + self.value_itemsize * values
 
     @property
     def master_is_values(self) -> bool:
@@ -113,6 +149,7 @@ def chunk_facts(
         shard.gathered_numel - shard.numel,
         coded_bytes_per_numel=coded,
         block_numel=1 if codec is None else codec.block_numel,
+        update_speed=1.0 if codec is None else codec.speed,
     )
 
 

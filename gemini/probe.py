@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,16 +32,23 @@ _FORMAT = 1
 _LINK_BYTES = 32 << 20
 _DRAM_BYTES = 64 << 20
 _UPDATE_NUMEL = 4 << 20
+_DISK_BYTES = 64 << 20
 _REPEATS = 3
 
 
-def probe(device: Device, update: Update | None = None, meet: Callable[[], None] | None = None) -> HardwareProfile:
+def probe(
+    device: Device,
+    update: Update | None = None,
+    meet: Callable[[], None] | None = None,
+    disk: str | os.PathLike[str] | None = None,
+) -> HardwareProfile:
     """Measures now.
 
     Args:
         device: to be measured; one that is host memory has the rate of a copy there for a link.
         update: of the optimizer on the host; without it, host memory sets the rate.
         meet: called before each measurement, so that processes that share a machine measure at the same time.
+        disk: a folder whose disk is measured as well; None: what it does is assumed.
     """
     meet = meet or _alone
     dram_bytes_per_s = _dram(meet)
@@ -51,6 +59,7 @@ def probe(device: Device, update: Update | None = None, meet: Callable[[], None]
         "host_update_numel_per_s": host_numel_per_s,
         **_link(device, meet),
         **_computation(device, meet),
+        **({} if disk is None else _disk(Path(disk).expanduser(), meet)),
     }
     return dataclasses.replace(
         assumed,
@@ -100,6 +109,37 @@ def _add(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor) -> None:
 
 def _host_update(update: Update, meet: Callable[[], None]) -> float:
     return _UPDATE_NUMEL / _best_s(update(_UPDATE_NUMEL), meet)
+
+
+def _disk(folder: Path, meet: Callable[[], None]) -> dict[str, float]:
+    """Writing until it is on the disk, and reading what nobody holds in memory, of one file without a name.
+
+    A folder that cannot be written to says so when a run wants it; until then its rates are assumed.
+    """
+    data = os.urandom(1 << 20) * (_DISK_BYTES >> 20)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+
+            def write() -> None:
+                file.seek(0)
+                file.write(data)
+                os.fsync(file.fileno())
+
+            def read() -> None:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                file.seek(0)
+                while file.read(1 << 22):
+                    pass
+
+            write_s = _best_s(write, meet, repeats=2)
+            return {
+                "disk_read_bytes_per_s": _DISK_BYTES / _best_s(read, meet, repeats=2),
+                "disk_write_bytes_per_s": _DISK_BYTES / write_s,
+            }
+    except OSError:
+        return {}
 
 
 # -- link ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,25 @@ UPDATE_BYTES_PER_NUMEL = 28
 """DRAM traffic of one updated element: gradient, master and two moments read, master, moments and new value written."""
 FETCH_BYTES_PER_NUMEL = 2
 """DRAM traffic of the fetch that follows: it reads what the update has written while the next chunk is updated."""
+DISK_READ_BYTES_PER_S, DISK_WRITE_BYTES_PER_S = 2.5e9, 1.2e9
+"""Assumed of a disk that nobody measured: an NVMe SSD, long after its cache is full."""
+
+
+@dataclass(frozen=True)
+class HostUpdate:
+    """What an update on the host works on.
+
+    Attributes:
+        numel: elements.
+        bytes_per_numel: read and written in host memory, per element.
+        speed: of the cores, as a multiple of what they do with fp32 states.
+        disk_bytes: read from disk before, and written there after.
+    """
+
+    numel: int
+    bytes_per_numel: float = UPDATE_BYTES_PER_NUMEL
+    speed: float = 1.0
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,9 @@ class HardwareProfile:
         device_fp32_flops_per_s: matrix products in fp32.
         device_bytes_per_s: device memory, for everything that is no matrix product.
         launch_s: that the program takes to issue one operator, copy or update.
+        disk_read_bytes_per_s: of ``memory.disk``.
+        disk_write_bytes_per_s: likewise.
+        rank_link_bytes_per_s: what one rank receives from all others.
         capacity_bytes: of the device; 0 where the profile says nothing of it.
     """
 
@@ -48,12 +70,21 @@ class HardwareProfile:
     device_fp32_flops_per_s: float = 20e12
     device_bytes_per_s: float = 700e9
     launch_s: float = 5e-6
+    disk_read_bytes_per_s: float = DISK_READ_BYTES_PER_S
+    disk_write_bytes_per_s: float = DISK_WRITE_BYTES_PER_S
+    rank_link_bytes_per_s: float = 10e9
     capacity_bytes: int = 0
 
-    def host_update_s(self, numel: int) -> float:
-        """Seconds of an update on the host: the cores' rate, or what host memory gives beside the fetches that follow."""
-        floor = (UPDATE_BYTES_PER_NUMEL + FETCH_BYTES_PER_NUMEL) / self.host_dram_bytes_per_s
-        return numel * max(1 / self.host_update_numel_per_s, floor)
+    def host_update_s(self, numel: int, bytes_per_numel: float = UPDATE_BYTES_PER_NUMEL, speed: float = 1.0) -> float:
+        """Seconds of an update on the host: the cores' rate, or what host memory gives beside the fetches that follow.
+
+        Args:
+            numel: elements.
+            bytes_per_numel: as in :class:`HostUpdate`.
+            speed: likewise.
+        """
+        floor = (bytes_per_numel + FETCH_BYTES_PER_NUMEL) / self.host_dram_bytes_per_s
+        return numel * max(1 / (self.host_update_numel_per_s * speed), floor)
 
     def device_update_s(self, numel: int) -> float:
         """Seconds of an update on the device."""
@@ -95,6 +126,9 @@ INSTANT = HardwareProfile(
     device_fp32_flops_per_s=math.inf,
     device_bytes_per_s=math.inf,
     launch_s=0.0,
+    disk_read_bytes_per_s=math.inf,
+    disk_write_bytes_per_s=math.inf,
+    rank_link_bytes_per_s=math.inf,
 )
 """A machine on which every copy and update is over as soon as it is queued."""
 
@@ -117,7 +151,8 @@ def _published(
     link_bytes_per_s, dram_bytes_per_s = _LINK_BYTES_PER_S[link] * _LINK, _HOSTS[host] * _MEMORY
     return HardwareProfile(
         name=name,
-        source=f"published figures, not measured: {tflops:g} TFLOP/s, {memory_gb_per_s:g} GB/s, {link}; host {host}",
+        source=f"published figures, not measured: {tflops:g} TFLOP/s, {memory_gb_per_s:g} GB/s, {link}; host {host}; "
+        "disk assumed",
         h2d_bytes_per_s=link_bytes_per_s,
         d2h_bytes_per_s=link_bytes_per_s,
         both_bytes_per_s=link_bytes_per_s * _BOTH,
@@ -127,6 +162,7 @@ def _published(
         device_flops_per_s=tflops * 1e12 * _PRODUCTS,
         device_fp32_flops_per_s=fp32_tflops * 1e12 * _PRODUCTS,
         device_bytes_per_s=memory_bytes_per_s,
+        rank_link_bytes_per_s=link_bytes_per_s / 2,  # assumed: from card to card through the host
         # Of what the card is sold with, a driver and the context of a process take a part.
         capacity_bytes=parse_bytes(memory) * 31 // 32,
     )

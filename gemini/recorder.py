@@ -102,6 +102,7 @@ class Recorder:
             work = self._device.work.since(self._work_before)
             moment.flops, moment.fp32_flops = work.flops, work.fp32_flops
             moment.traffic_bytes, moment.num_ops = work.traffic_bytes, work.num_ops
+            moment.saved_bytes, moment.brought_bytes = work.saved_bytes, work.brought_bytes
         if self.listener is not None:
             self.listener.moment_ended(moment)
 

@@ -10,6 +10,10 @@ says when that happens. A step begins with the update of the step before, as in 
   may take; then for the link.
 - A moment's computation waits for the fetches of all that it reads.
 - A gradient leaves when its moment has computed it. Only so many bytes may be on their way: beyond, the program waits.
+- Where updates may begin inside backward, a chunk's does when its gradient has arrived, and keeps what it overwrites.
+- What forward saves on the host leaves before a moment's computation, and comes back one moment ahead in backward.
+- What is on disk is read before it is updated or fetched, a little ahead, and written back after its update.
+- Where other ranks own a part, computation takes turns with fetching it, and with sending them their gradients.
 - When all have arrived the norm is known, and the next ``step()`` begins.
 """
 
@@ -80,11 +84,18 @@ class Run:
         num_micro_batches: passes per step.
         most_bytes_on_way: gradients that may be on their way to the host at a time.
         in_one_pass: the micro-batches go through the model layer by layer, in one pass; sums leave, in fp32.
+        early_bytes: of host memory for what updates inside backward overwrite; 0: there are none.
     """
 
     num_micro_batches: int = 1
     most_bytes_on_way: int = Device.most_bytes_on_way
     in_one_pass: bool = False
+    early_bytes: int = 0
+
+    @property
+    def has_early_updates(self) -> bool:
+        """Whether updates may begin inside backward: where each gradient is the only one of its step."""
+        return self.early_bytes > 0 and self.num_micro_batches == 1 and not self.in_one_pass
 
     @property
     def num_passes(self) -> int:
@@ -144,14 +155,25 @@ class Schedule:
         self._on_way: dict[int, _OnWay] = {}
         self._on_way_bytes = 0
         self._num_passes = 0
+        # By chunk on disk: when values that are read ahead are there.
+        self._read_s: dict[int, float] = {}
+        # Chunks whose update has begun inside backward, and the room that is left for what such updates overwrite.
+        self._early: set[int] = set()
+        self._early_bytes = run.early_bytes if run.has_early_updates else 0
+        # What forward has saved on the host: bytes, and when they are there; on their way back, when the last ones are.
+        self._saved: list[tuple[int, float]] = []
+        self._brought_s: float | None = None
 
     # -- the update of the step before -------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """``step()``: all gradients have arrived."""
         for fact, placement in zip(self._facts, self._placements, strict=True):
-            if fact.companion_bytes_per_numel:
+            if fact.companion_bytes_per_numel and fact.index not in self._early:
                 self._update(fact, placement)
+        self._early.clear()
+        self._early_bytes = self._run.early_bytes if self._run.has_early_updates else 0
+        self._num_passes = 0
         self._begin_streamed(1)
 
     def _update(self, fact: ChunkFacts, placement: Placement) -> None:
@@ -162,11 +184,11 @@ class Schedule:
             self._updated_s[fact.index] = math.inf
             return
         if not on_device:
-            self._updated_s[fact.index] = clock.update(fact.numel, label)
+            self._updated_s[fact.index] = clock.update(fact.host_update(placement), label)
             return
         clock.compute(clock.profile.device_update_s(on_device), 1, f"update {label}" if label else "")
         if on_device < fact.numel:  # cut in two: the program carries out both parts
-            clock.update_now(fact.numel - on_device, label)
+            clock.update_now(fact.host_update(placement), label)
         crossing_bytes = max(0, on_device - placement.resident_numel) * fact.value_itemsize
         if crossing_bytes:
             clock.wait(clock.copy_out(crossing_bytes, clock.compute_s, label), label)
@@ -209,7 +231,20 @@ class Schedule:
         self._settle(chunk)
         fact, clock = self._facts[chunk], self.clock
         num_bytes = (fact.numel - self._placements[chunk].resident_numel) * fact.value_itemsize
+        if fact.values_on_disk and num_bytes:
+            self.read_ahead(chunk)
+            clock.wait(self._read_s.pop(chunk), self._label(chunk))
         self._fetched_s[chunk] = clock.copy_in(num_bytes, clock.compute_s, self._label(chunk))
+        if fact.others_numel:
+            clock.compute_waits(self._fetched_s[chunk])
+            clock.exchange(fact.others_numel * fact.value_itemsize, self._label(chunk))
+
+    def read_ahead(self, chunk: int) -> None:
+        """The disk begins to read a chunk's values, unless an update is about to write them."""
+        fact = self._facts[chunk]
+        num_bytes = (fact.numel - self._placements[chunk].resident_numel) * fact.value_itemsize
+        if fact.values_on_disk and num_bytes and chunk not in self._read_s and not self._updated_s[chunk]:
+            self._read_s[chunk] = self.clock.read_disk(num_bytes, self.clock.host_s, self._label(chunk))
 
     def _settle(self, chunk: int) -> None:
         """The program waits for a chunk's update, and for gradients of an earlier micro-batch that are on their way."""
@@ -230,24 +265,69 @@ class Schedule:
             if self._updated_s[chunk]:  # values that stay on the device
                 self._settle(chunk)
             clock.compute_waits(self._fetched_s[chunk])
+        if moment.saved_bytes:
+            self._save(moment)
+        elif moment.brought_bytes:
+            self._bring_back(moment)
         work = self._work[position]
         clock.compute(work.duration_s, work.num_ops, f"{moment.phase} {moment.label}" if self._draws else "")
+        if moment.saved_bytes and moment.brought_bytes:  # the last of forward, in which backward begins
+            self._bring_back(moment)
+
+    def _save(self, moment: Moment) -> None:
+        """Before what is saved next leaves, the program waits for what was saved last."""
+        if self._saved:
+            self.clock.wait(self._saved[-1][1], "activations")
+        gone_s = self.clock.copy_out(moment.saved_bytes, self.clock.compute_s, "activations")
+        self._saved.append((moment.saved_bytes, gone_s))
+
+    def _bring_back(self, moment: Moment) -> None:
+        """What the moment needs, if it is not on its way yet; then what the next one will."""
+        if self._brought_s is None:
+            self._brought_s = self._bring_last(moment.saved_bytes)
+        self.clock.compute_waits(self._brought_s)
+        self._brought_s = self._bring_last(0) if self._saved else None
+
+    def _bring_last(self, num_bytes: int) -> float:
+        gone_s = 0.0
+        if self._saved:
+            num_bytes, gone_s = self._saved.pop()
+        self.clock.wait(gone_s, "activations")
+        return self.clock.copy_in(num_bytes, self.clock.compute_s, "activations")
 
     def send(self, moment: Moment) -> None:
         """The gradients that a moment has completed leave."""
         for chunk in moment.gradients:
             fact = self._facts[chunk]
             numel = fact.numel - self._placements[chunk].companion_numel
+            if fact.others_numel and fact.companion_bytes_per_numel:
+                num_sent = (fact.others_numel // max(1, fact.numel)) * fact.numel
+                self.clock.exchange(num_sent * fact.value_itemsize, self._label(chunk))
             if not fact.companion_bytes_per_numel or not numel:
                 continue
-            num_bytes = numel * (4 if self._run.in_one_pass else fact.value_itemsize)
+            in_fp32 = self._run.in_one_pass or fact.others_numel
+            num_bytes = numel * (4 if in_fp32 else fact.value_itemsize)
             arrives_s = self.clock.copy_out(num_bytes, self.clock.compute_s, self._label(chunk))
             if chunk in self._on_way:
                 self._settle_arrival(chunk)
             self._on_way[chunk] = _OnWay(arrives_s, num_bytes, numel if self._num_passes else 0)
             self._on_way_bytes += num_bytes
+            if fact.others_numel:  # what it comes from is the exchange's, and goes
+                self._settle_arrival(chunk)
             while self._on_way_bytes > self._run.most_bytes_on_way:
                 self._settle_arrival(next(iter(self._on_way)))
+            placement = self._placements[chunk]
+            if self._early_bytes and not placement.companion_numel and not placement.streams_update:
+                self._update_early(fact, arrives_s)
+
+    def _update_early(self, fact: ChunkFacts, arrives_s: float) -> None:
+        placement = self._placements[fact.index]
+        kept_bytes = fact.overwritten_bytes(placement)
+        if kept_bytes <= self._early_bytes and fact.index not in self._early:
+            self._early_bytes -= kept_bytes
+            self._early.add(fact.index)
+            update = fact.host_update(placement, early=True)
+            self._updated_s[fact.index] = self.clock.update(update, self._label(fact.index), arrives_s)
 
     def _settle_arrival(self, chunk: int) -> None:
         arrival = self._on_way.pop(chunk)
@@ -260,6 +340,8 @@ class Schedule:
     def end_pass(self) -> None:
         """Backward is over."""
         self._num_passes += 1
+        self._saved.clear()
+        self._brought_s = None
 
     def end(self) -> None:
         """The program waits for all gradients and for their norm."""
@@ -272,6 +354,7 @@ class Schedule:
                 for f, p in zip(self._facts, self._placements, strict=True)
             )
             self.clock.touch_host_memory(num_bytes, "norm")
+        self.clock.write_disk()
 
     def _label(self, chunk: int) -> str:
         return f"{self._facts[chunk].unit_name} #{chunk}" if self._draws else ""

@@ -103,6 +103,7 @@ class Search:
             for stays in (False, True)
             for updates in (False, True)
         }
+        self._update_s = [self._element_s(fact) for fact in facts]
         self._tried: dict[tuple[Placement, ...], float] = {}
         self._transient: dict[tuple[bool, ...], int] = {}
         self._leading_transient: dict[tuple[int, int, bool], int] = {}
@@ -234,13 +235,21 @@ class Search:
     def _least_s(self, placements: list[Placement]) -> float:
         """No step can be faster: updates begin when backward is over, one after another, and forward waits for those of
         what it reads."""
-        numel = waited_numel = 0
-        for fact, placement in zip(self._facts, placements, strict=True):
-            if fact.companion_bytes_per_numel and placement.companion_numel < fact.numel:
-                numel += fact.numel - placement.companion_numel
+        updates_s = waited_s = 0.0
+        for fact, each_s, placement in zip(self._facts, self._update_s, placements, strict=True):
+            if each_s and placement.companion_numel < fact.numel:
+                updates_s += each_s * (fact.numel - placement.companion_numel)
                 if fact.index in self._in_forward:
-                    waited_numel = numel
-        return (self._profile.host_update_s(waited_numel) + self._backward_s) * _BELOW
+                    waited_s = updates_s
+        together = max if self._run.has_early_updates else sum
+        return together((waited_s, self._backward_s)) * _BELOW
+
+    def _element_s(self, fact: ChunkFacts) -> float:
+        """Seconds in which the host updates one element, at the least."""
+        if not fact.companion_bytes_per_numel:
+            return 0.0
+        update = fact.host_update(Placement(fact.numel))
+        return self._profile.host_update_s(1, update.bytes_per_numel, update.speed)
 
     def _try(self, placements: list[Placement]) -> None:
         """Placements that fit."""

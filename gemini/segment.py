@@ -94,6 +94,13 @@ class Segment:
         buffers = [self.companions[key] for key in keys if self.companions[key] is not self.values]
         return [*buffers, self.values] if self.value_tier is Tier.DISK else buffers
 
+    @property
+    def update_bytes(self) -> int:
+        """That an update reads and writes."""
+        held = [buffer for key, buffer in self.companions.items() if key != GRADIENT]
+        gradient = self.companions.get(GRADIENT, _NOTHING)
+        return gradient.nbytes + 2 * sum(b.nbytes for b in held) + self.values.nbytes * (not self.master_is_values)
+
     def companion(self, store: Store, key: str, dtype: torch.dtype) -> torch.Tensor:
         """The companion buffer, allocated (zero-filled) on first use.
 

@@ -15,7 +15,7 @@ import random
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -26,7 +26,7 @@ from gemini.clock import Clock
 from gemini.device import Device, DeviceMemory, Event, Stream
 from gemini.heap import LARGE_BYTES, give_back_free_memory, own_mapping
 from gemini.jobs import HostQueue, Job
-from gemini.profile import HardwareProfile
+from gemini.profile import HardwareProfile, HostUpdate
 from gemini.tracker import StorageTracker
 from gemini.units import format_bytes
 from gemini.work import Work
@@ -213,9 +213,13 @@ class SimulatedQueue(HostQueue):
         """The device's."""
         return self._device.clock
 
-    def submit(self, work: jobs.Work, numel: int = 0) -> Job:
+    def submit(self, work: jobs.Work, update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
         """Queues ``work``; whether it runs now is up to the device's stream order."""
-        job = _SimulatedJob(self, work, 0.0 if self.clock is None else self.clock.update(numel))
+        done_s = 0.0
+        if self.clock is not None:
+            arrived_s = max((event.at_s for event in after if isinstance(event, _SimulatedEvent)), default=0.0)
+            done_s = self.clock.update(update or HostUpdate(0), earliest_s=arrived_s)
+        job = _SimulatedJob(self, work, done_s)
         self._jobs[job] = None
         self._device.something_was_queued()
         return job
@@ -277,6 +281,7 @@ class SimulatedDevice(Device):
         self._activities = threading.local()  # how many are nested; dispatch modes are per thread, too
         self._updates = False
         self._peak_bytes = 0
+        self._read_s: dict[int, float] = {}  # by address: when what the disk reads ahead is there
         _BackwardWatch.add(self)
 
     # -- memory ------------------------------------------------------------------------------------------------------
@@ -425,10 +430,26 @@ class SimulatedDevice(Device):
         finally:
             self._updates = updated
 
-    def host_updates(self, numel: int) -> None:
+    def host_updates(self, update: HostUpdate) -> None:
         """Takes the program's time, once the host is done with what was queued before."""
-        if self.clock is not None and numel:
-            self.clock.update_now(numel)
+        if self.clock is not None and update.numel:
+            self.clock.update_now(update)
+
+    def will_read(self, buffer: torch.Tensor) -> None:
+        """Once, until it is read."""
+        if self.clock is not None and buffer.data_ptr() not in self._read_s:
+            self._read_s[buffer.data_ptr()] = self.clock.read_disk(buffer.nbytes, self.clock.host_s)
+
+    def reads(self, buffer: torch.Tensor) -> None:
+        """The program waits until it is in memory."""
+        if self.clock is not None:
+            self.will_read(buffer)
+            self.clock.wait(self._read_s.pop(buffer.data_ptr()))
+
+    def exchanges(self, num_bytes: int) -> None:
+        """Takes its turn among the computation."""
+        if self.clock is not None:
+            self.clock.exchange(num_bytes)
 
     # -- which computation is on the device --------------------------------------------------------------------------
 

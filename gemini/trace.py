@@ -45,6 +45,10 @@ class Moment:
     """That other operators read and write."""
     num_ops: int = 0
     """Operators."""
+    saved_bytes: int = 0
+    """Of what forward saved for backward: sent to the host."""
+    brought_bytes: int = 0
+    """Of the same: asked back."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -62,6 +66,7 @@ class Moment:
         if (other.num_ops, other.flops + other.fp32_flops) > (self.num_ops, self.flops + self.fp32_flops):
             self.flops, self.fp32_flops = other.flops, other.fp32_flops
             self.traffic_bytes, self.num_ops = other.traffic_bytes, other.num_ops
+            self.saved_bytes, self.brought_bytes = other.saved_bytes, other.brought_bytes
 
     def raise_non_model(self, num_bytes: int) -> bool:
         """Notes that non-model bytes were seen to go higher; True if that was news."""

@@ -47,6 +47,11 @@ class Arrival:
         """Whether it comes straight to where it is wanted, so that it is there once it has arrived."""
         return self._buffers is None or (self._buffers[0] is self._buffers[1] and not self._add)
 
+    @property
+    def event(self) -> Event:
+        """Of its arrival."""
+        return self._event
+
     def wait(self) -> None:
         """Waits until it has arrived, on a thread beside the program; :meth:`settle` is still to be called."""
         self._event.wait_beside()
@@ -92,6 +97,8 @@ class Transfer:
 
     def to_gathered(self, target: torch.Tensor, source: torch.Tensor, tier: Tier) -> None:
         """Queues values on their way into a gathered buffer."""
+        if tier is Tier.DISK:
+            self.device.reads(source)
         # The memory under the target may have just been given back by computation that is still running.
         self._in.wait_compute()
         self._in.copy(target, source)

@@ -58,6 +58,7 @@ class Walk:
         next_use: of the trace.
         room_bytes: for gathered copies in each moment.
         prefetch_depth: the plan's.
+        on_disk: by chunk, whether its values are read from disk; None: nowhere.
 
     Attributes:
         num_fetches: of each chunk in all passes.
@@ -71,12 +72,14 @@ class Walk:
         next_use: NextUse,
         room_bytes: list[int],
         prefetch_depth: int,
+        on_disk: list[bool] | None = None,
     ) -> None:
         self._chunk_bytes = chunk_bytes
         self._moments = trace.moments
         self._next_use = next_use
         self._room_bytes = room_bytes
         self._depth = prefetch_depth
+        self._on_disk = on_disk
         self._held: dict[int, int] = {}
         self._num_bytes = 0
         self.num_fetches = [0] * len(chunk_bytes)
@@ -95,6 +98,7 @@ class Walk:
         for position, moment in enumerate(self._moments):
             self._enter(position, moment, schedule)
             self._prefetch(position, schedule)
+            self._read_ahead(position, schedule)
             held_bytes.append(self._num_bytes)
             schedule.compute(position, moment)
             self._leave(moment, schedule)
@@ -134,6 +138,13 @@ class Walk:
             for victim in victims:
                 self._evict(victim)
             self._fetch(chunk, schedule)
+
+    def _read_ahead(self, position: int, schedule: Schedule) -> None:
+        """What could not be fetched ahead is at least read ahead, where it is on disk."""
+        if self._on_disk is not None:
+            for chunk in self._next_use.coming(position, self._depth + 1):
+                if self._on_disk[chunk] and chunk not in self._held:
+                    schedule.read_ahead(chunk)
 
     def _leave(self, moment: Moment, schedule: Schedule) -> None:
         """Copies whose gradients are complete go out with them."""

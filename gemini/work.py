@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ class Work:
     """That all other operators read and write."""
     num_ops: int = 0
     """Operators, views not counted."""
+    saved_bytes: int = 0
+    """Of what forward saved for backward: sent to the host."""
+    brought_bytes: int = 0
+    """Of the same: asked back."""
 
     def since(self, before: Work) -> Work:
         """What came after an earlier :meth:`copy`."""
@@ -32,11 +36,13 @@ class Work:
             self.fp32_flops - before.fp32_flops,
             self.traffic_bytes - before.traffic_bytes,
             self.num_ops - before.num_ops,
+            self.saved_bytes - before.saved_bytes,
+            self.brought_bytes - before.brought_bytes,
         )
 
     def copy(self) -> Work:
         """As it is now."""
-        return Work(self.flops, self.fp32_flops, self.traffic_bytes, self.num_ops)
+        return replace(self)
 
     def add(self, other: Work) -> None:
         """And this as well."""
@@ -44,6 +50,8 @@ class Work:
         self.fp32_flops += other.fp32_flops
         self.traffic_bytes += other.traffic_bytes
         self.num_ops += other.num_ops
+        self.saved_bytes += other.saved_bytes
+        self.brought_bytes += other.brought_bytes
 
 
 _NONE = Work()

@@ -12,7 +12,7 @@ from memory_case import trace_of
 
 from gemini.clock import COMPUTE, IN, ISSUE, LANES, OUT, UPDATE, WAIT, Clock
 from gemini.plan import ChunkFacts
-from gemini.profile import INSTANT, HardwareProfile
+from gemini.profile import INSTANT, HardwareProfile, HostUpdate
 from gemini.schedule import Run, moment_work
 from gemini.segment import Placement
 from gemini.timeline import replay
@@ -68,8 +68,8 @@ class TestClock:
     def test_updates_wait_for_the_program_and_for_one_another(self) -> None:
         clock = Clock(SLOW)
         clock.wait(3.0)
-        assert clock.update(2) == 5.0
-        assert clock.update(1) == 6.0
+        assert clock.update(HostUpdate(2)) == 5.0
+        assert clock.update(HostUpdate(1)) == 6.0
         assert clock.host_s == 3.0
         assert (clock.busy_s[WAIT], clock.busy_s[UPDATE]) == (3.0, 3.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import statistics
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gemini.device import HostDevice
-from gemini.profile import NAMED, HardwareProfile
+from gemini.profile import NAMED, HardwareProfile, HostUpdate
 from gemini.simulated import SimulatedDevice
 from gemini.work import CountingMode, Work
 from zero.config.loading import load_config
@@ -35,6 +36,12 @@ def _script(name: str) -> ModuleType:
 class TestPredictions:
     def test_a_few_random_plans_take_as_long_as_predicted(self) -> None:
         self._check(_script("virtual_time").random_cases(8, seed=1), worst=0.25)
+
+    @pytest.mark.parametrize("beside", ["activations", "early", "disk", "values on disk"])
+    def test_what_a_plan_has_beside_it_takes_as_long_as_predicted(self, beside: str) -> None:
+        script = _script("virtual_time")
+        case = script.Laboratory().try_plan(0.2, 0.1, 2, 0.1, script.random_profile(random.Random(3)), beside)
+        assert abs(case.error) < 0.05
 
     @pytest.mark.full
     @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -92,7 +99,7 @@ class TestDevice:
         device = SimulatedDevice(1 << 20, profile=HardwareProfile(host_update_numel_per_s=10.0, launch_s=0.0))
         assert device.clock is not None
         done: list[int] = []
-        job = device.host_queue(None).submit(lambda: done.append(1), 50)
+        job = device.host_queue(None).submit(lambda: done.append(1), HostUpdate(50))
         assert not job.is_done
         device.clock.wait(4.9)
         assert not job.is_done

@@ -34,7 +34,7 @@ from zero.passes import PassPlanner
 from zero.precision import clip_coefficient, require_loss
 from zero.rerun import BufferWatch, StartingPoint
 from zero.setup import Managed, make_activations, make_policy, make_scaler, most_logits, take_over
-from zero.updating import make_updater, update_bytes, updates_allowed
+from zero.updating import early_bytes, make_updater, update_bytes, updates_allowed
 from zero.window import WindowVerbs
 from zero.window_hooks import WindowHooks
 
@@ -122,12 +122,14 @@ class Engine(WindowVerbs):
         undo: contextlib.ExitStack,
     ) -> None:
         """Hooks, optimizer and first plan; ``undo`` learns how to take each back, last first."""
-        policy = make_policy(self.config, self.device, exchange)
-        self._planner = PassPlanner(policy, managed.facts, self.manager, self.device)
         undo.callback(self.device.close)
         # Updates run on it until chunks are dissolved.
         self._queue = self.device.host_queue(self.config.optimizer.num_workers)
         undo.callback(self._queue.close)
+        # Several ranks must make the same plan: what one of them has to spare does not enter it.
+        spare_bytes = early_bytes(self.config, self._queue, managed) if exchange is ALONE else 0
+        policy = make_policy(self.config, self.device, exchange, spare_bytes)
+        self._planner = PassPlanner(policy, managed.facts, self.manager, self.device)
         undo.callback(self._dissolve)
         self._tensors = managed.tensors
         self.facts = managed.facts

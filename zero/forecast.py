@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
-from gemini.clock import COMPUTE, IN, ISSUE, OUT, UPDATE, Clock
+from gemini.clock import COMPUTE, DISK, EXCHANGE, IN, ISSUE, OUT, UPDATE, Clock
 from gemini.hostinfo import host_memory
-from gemini.plan import ChunkFacts
+from gemini.plan import ChunkFacts, host_bytes
 from gemini.policy import Policy
 from gemini.profile import HardwareProfile
 from gemini.schedule import Run
@@ -16,6 +16,7 @@ from gemini.timeline import Prediction, replay, required_bytes
 from gemini.trace import Moment, Trace
 from zero.config.schema import Config
 from zero.planning import DryRun, PlannedRun, decide
+from zero.updating import wants_early_updates
 
 _WORTH = 1.02
 """A change that gains less than this is not worth a line."""
@@ -26,6 +27,8 @@ _LIMITS = {
     IN: "the link to the device",
     OUT: "the link to the host",
     UPDATE: "updates on the host (memory bandwidth)",
+    DISK: "the disk",
+    EXCHANGE: "the exchange between ranks",
     ISSUE: "issuing operators (small batches)",
 }
 
@@ -57,6 +60,8 @@ class Machine:
             self.profile,
             host_dram_bytes_per_s=self.profile.host_dram_bytes_per_s / self.num_local_ranks,
             host_update_numel_per_s=self.profile.host_update_numel_per_s / self.num_local_ranks,
+            disk_read_bytes_per_s=self.profile.disk_read_bytes_per_s / self.num_local_ranks,
+            disk_write_bytes_per_s=self.profile.disk_write_bytes_per_s / self.num_local_ranks,
         )
 
 
@@ -104,16 +109,20 @@ class Change:
     note: str = ""
 
 
-def policy_of(config: Config, machine: Machine) -> Policy:
-    """The config's policy on a machine."""
+def policy_of(config: Config, machine: Machine, dry: DryRun) -> Policy:
+    """The config's policy on a machine, for the chunks of a dry run."""
     memory = config.memory
+    early_bytes = 0
+    if machine.num_ranks == 1 and wants_early_updates(config, on_accelerator=True):
+        spare_bytes = machine.host_bytes - host_bytes(dry.facts, [Placement() for _ in dry.facts])
+        early_bytes = max(0, min(spare_bytes // 2, sum(fact.companion_bytes for fact in dry.facts)))
     return Policy(
         memory.policy,
         memory.resident_parameters,
         memory.resident_optimizer,
         machine.shared_profile,
         None if memory.prefetch == "auto" else memory.prefetch,
-        Run(config.train.gradient_accumulation_steps),
+        Run(config.train.gradient_accumulation_steps, early_bytes=early_bytes),
     )
 
 
@@ -125,7 +134,7 @@ def forecast(config: Config, dry: DryRun, machine: Machine) -> Forecast:
         dry: of it.
         machine: that it is for.
     """
-    policy = policy_of(config, machine)
+    policy = policy_of(config, machine, dry)
     return _forecast(config, policy, dry, machine, config.train.per_device_train_batch_size)
 
 
@@ -142,9 +151,9 @@ def _forecast(config: Config, policy: Policy, dry: DryRun, machine: Machine, num
 def schedule_of(config: Config, dry: DryRun, machine: Machine, found: Forecast) -> Clock:
     """When everything happens in one step of a forecast that fits, for a picture."""
     plan = found.planned.require()
-    policy = policy_of(config, machine)
+    policy = policy_of(config, machine, dry)
     prediction: Prediction = replay(
-        dry.facts,
+        found.planned.dry.facts,  # of which some may lie on disk
         plan.placements,
         dry.trace,
         machine.capacity_bytes,
@@ -174,7 +183,7 @@ def changes(config: Config, dry: DryRun, machine: Machine, now: Forecast) -> lis
 
 
 def _neighbours(config: Config, dry: DryRun, machine: Machine) -> Iterator[Change]:
-    train, policy = config.train, policy_of(config, machine)
+    train, policy = config.train, policy_of(config, machine, dry)
     rows = train.per_device_train_batch_size
     if dry.double is not None:
         doubled = _forecast(config, policy, replace(dry, trace=dry.double), machine, 2 * rows)
@@ -220,6 +229,8 @@ _LINEAR = (
     "flops",
     "fp32_flops",
     "traffic_bytes",
+    "saved_bytes",
+    "brought_bytes",
 )
 """Figures of a moment that grow with the rows of a micro-batch by the same amount for each."""
 

@@ -36,26 +36,30 @@ def profile_of(config: Config, device: Device, exchange: Exchange = ALONE) -> Ha
         return named_profile(config.device.profile)
     if not isinstance(device, AcceleratorDevice):
         return HardwareProfile()
-    return measured_profile(device, exchange.world if isinstance(exchange, RankExchange) else None)
+    world = exchange.world if isinstance(exchange, RankExchange) else None
+    return measured_profile(device, world, disk=config.memory.disk)
 
 
-def measured_profile(device: Device, world: World | None = None, again: bool = False) -> HardwareProfile:
+def measured_profile(
+    device: Device, world: World | None = None, again: bool = False, disk: str | None = None
+) -> HardwareProfile:
     """What this machine can do: known from before, or measured now.
 
     Args:
         device: to be measured.
         world: the ranks, who all come here and measure at the same time, since they share links and host memory.
         again: measure now, whatever is known.
+        disk: folder whose disk is measured as well.
     """
     num_local = 1 if world is None else world.place.local_size
-    key = machine_key(device, f"{num_local} together")
+    key = machine_key(device, f"{num_local} together" + (f", disk {disk}" if disk is not None else ""))
     found = None if again else cached_profile(key)
     if world is not None and world.size > 1:
-        return _together(device, world, key, found)
+        return _together(device, world, key, found, disk)
     if found is not None:
         return found
     try:
-        found = probe(device, host_update)
+        found = probe(device, host_update, disk=disk)
     except RuntimeError as error:  # a device that others have filled: a guess is better than no run
         logger.warning("this machine could not be measured, plans are made with assumed rates: %s", error)
         return HardwareProfile()
@@ -63,11 +67,13 @@ def measured_profile(device: Device, world: World | None = None, again: bool = F
     return found
 
 
-def _together(device: Device, world: World, key: str, found: HardwareProfile | None) -> HardwareProfile:
+def _together(
+    device: Device, world: World, key: str, found: HardwareProfile | None, disk: str | None
+) -> HardwareProfile:
     """The slowest rank's figures: all ranks must make the same plan."""
     with world.operation("measuring the machine"):
         if not all(world.all_gather_object(found is not None)):
-            found = probe(device, host_update, lambda: dist.barrier(group=world.control))
+            found = probe(device, host_update, lambda: dist.barrier(group=world.control), disk)
             if world.place.local_rank == 0:
                 keep_profile(key, found)
         said = world.all_gather_object(dataclasses.asdict(found) if found is not None else {})

@@ -76,8 +76,15 @@ def make_device(config: Config) -> Device:
         raise UserError(f"device.type = {section.type}: {error}") from error
 
 
-def make_policy(config: Config, device: Device, exchange: Exchange = ALONE) -> Policy:
-    """The policy that ``[memory]`` names. On the host ``auto`` means that nothing moves: there is nowhere to go."""
+def make_policy(config: Config, device: Device, exchange: Exchange = ALONE, early_bytes: int = 0) -> Policy:
+    """The policy that ``[memory]`` names. On the host ``auto`` means that nothing moves: there is nowhere to go.
+
+    Args:
+        config: of the run.
+        device: it uses.
+        exchange: with the other ranks.
+        early_bytes: host memory for what updates inside backward overwrite, if it is the same on all ranks.
+    """
     memory = config.memory
     name = "cuda" if memory.policy == "auto" and isinstance(device, HostDevice) else memory.policy
     return Policy(
@@ -86,7 +93,7 @@ def make_policy(config: Config, device: Device, exchange: Exchange = ALONE) -> P
         memory.resident_optimizer,
         profile_of(config, device, exchange),
         None if memory.prefetch == "auto" else memory.prefetch,
-        Run(config.train.gradient_accumulation_steps, device.most_bytes_on_way),
+        Run(config.train.gradient_accumulation_steps, device.most_bytes_on_way, early_bytes=early_bytes),
         spares_memory=device.is_host,
     )
 

@@ -310,6 +310,7 @@ class RankExchange(Exchange):
     def _gather(self, chunk: Chunk, ranks: list[int]) -> None:
         if len(ranks) == self.world.size:
             shard = chunk.shard
+            self._device.exchanges((shard.gathered_numel - shard.numel) * chunk.buffer.itemsize)
             all_gather(chunk.buffer, chunk.buffer[shard.start : shard.stop], self.world.bulk)
             return
         own = torch.cat([segment.values.cpu() for segment in chunk.segments])
@@ -406,6 +407,7 @@ class RankExchange(Exchange):
         self, parts: list[torch.Tensor], ranks: list[int], numel: int, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
         if len(ranks) == self.world.size:
+            self._device.exchanges((self.world.size - 1) * numel * dtype.itemsize)
             received = [torch.empty(numel, dtype=dtype, device=device) for _ in parts]
             all_to_all(received, parts, self.world.bulk)
             total = received[0].float()

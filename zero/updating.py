@@ -41,7 +41,7 @@ def make_updater(
         queue,
         kernel,
         device_piece_numel=device_piece_numel(manager.device.capacity_bytes, managed.facts),
-        early_bytes=_early_bytes(config, queue, managed),
+        early_bytes=early_bytes(config, queue, managed),
         fuses=fuses_by_default(config),
         streamed=manager.streamed,
     )
@@ -87,11 +87,15 @@ def updates_allowed(optimizer: ZeroOptimizer | None, factor: float | None) -> co
     return contextlib.nullcontext() if optimizer is None else optimizer.updater.early.allowed(factor)
 
 
-def _early_bytes(config: Config, queue: HostQueue, managed: Managed) -> int:
+def early_bytes(config: Config, queue: HostQueue, managed: Managed) -> int:
     """Host memory for what updates inside backward overwrite: none where they cannot run beside it."""
-    wish = config.optimizer.early
-    if wish == "auto":
-        wish = isinstance(managed.manager.device, AcceleratorDevice)
-    if config.train.max_grad_norm is not None or not wish or not queue.runs_beside:
+    on_accelerator = isinstance(managed.manager.device, AcceleratorDevice)
+    if not wants_early_updates(config, on_accelerator) or not queue.runs_beside:
         return 0
     return max(0, min(managed.spare_host_bytes // 2, sum(fact.companion_bytes for fact in managed.facts)))
+
+
+def wants_early_updates(config: Config, on_accelerator: bool) -> bool:
+    """Whether updates are to begin inside backward, as far as the config says."""
+    wish = on_accelerator if config.optimizer.early == "auto" else config.optimizer.early
+    return wish and config.train.max_grad_norm is None

@@ -86,7 +86,7 @@ def _machine(config: Config, wish: Wish) -> tuple[Machine, str]:
         return Machine(profile, capacity_bytes, host_bytes, num_ranks, num_ranks), profile.name
     device = make_device(config)
     try:
-        profile = measured_profile(device) if wish.on == "this" else profile_of(config, device)
+        profile = measured_profile(device, disk=config.memory.disk) if wish.on == "this" else profile_of(config, device)
         return Machine(profile, device.capacity_bytes, host_bytes, num_ranks, num_ranks), device.name
     finally:
         device.close()

@@ -30,7 +30,7 @@ def probe_text(config: Config, again: bool, as_json: bool) -> str | None:
     device, world = make_device(config), current()
     started_s = time.perf_counter()
     try:
-        profile = measured_profile(device, world, again)
+        profile = measured_profile(device, world, again, config.memory.disk)
     finally:
         device.close()
     if world is not None and world.rank:
@@ -40,7 +40,17 @@ def probe_text(config: Config, again: bool, as_json: bool) -> str | None:
     num_ranks = 1 if world is None else world.size
     title = profile.name + (f", {num_ranks} ranks at the same time: the slowest of each" if num_ranks > 1 else "")
     took = f"{time.perf_counter() - started_s:.1f} s; kept in {cache_path()}, --again measures anew"
-    return values_text([*_rows(profile), ("took", took)], title=title)
+    return values_text([*_rows(profile), *_disk_rows(config, profile), ("took", took)], title=title)
+
+
+def _disk_rows(config: Config, profile: HardwareProfile) -> list[tuple[str, str]]:
+    """Only where it was measured."""
+    if config.memory.disk is None:
+        return []
+    return [
+        ("disk, reading", _rate(profile.disk_read_bytes_per_s)),
+        ("disk, writing", _rate(profile.disk_write_bytes_per_s)),
+    ]
 
 
 def _rows(profile: HardwareProfile) -> list[tuple[str, str]]:

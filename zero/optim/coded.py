@@ -17,6 +17,8 @@ from zero.optim.formats import FORMATS, FP32, MEAN, SQUARE, Noise, StateFormat
 
 KINDS = (torch.optim.AdamW, torch.optim.Adam)
 """Optimizers whose states every format holds."""
+SPEEDS = {"split": 1.0, "bf16": 0.7, "8bit": 0.45}
+"""Rates of the native kernel on one and two cores, as multiples of that with fp32 states (``docs/measurements.md``)."""
 _TRIAL_NUMEL = 1024
 
 
@@ -33,6 +35,7 @@ class FormatCodec(Codec):
 
     def __init__(self, form: StateFormat, seed: int, index: int) -> None:
         self.form = form
+        self.speed = SPEEDS.get(form.name, 1.0)
         self.parts = tuple(Part(*buffer) for buffer in form.buffers)
         self._seed = seed
         self._index = index

@@ -142,7 +142,9 @@ class EarlyUpdates:
             self._snapshots.give_back(kept)
 
         self._works[chunk] = work
-        self._updater.begin(work, prepare, lambda: self._snapshots.give_back(kept), undo)
+        kept_bytes = sum(buffer.nbytes for buffer in kept)
+        events = [arrival.event for arrival in arrivals]
+        self._updater.begin(work, prepare, lambda: self._snapshots.give_back(kept), undo, kept_bytes, events)
 
     def _work(self, chunk: Chunk) -> ChunkWork | None:
         """What there is to do, if all of it is known."""

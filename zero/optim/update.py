@@ -16,6 +16,7 @@ import torch
 
 from gemini.chunk import Chunk
 from gemini.codec import PIECE_NUMEL
+from gemini.device import Event
 from gemini.holdings import nothing
 from gemini.jobs import HostQueue
 from gemini.plan import ChunkFacts
@@ -190,7 +191,7 @@ class ChunkUpdater:
                 self.begin(work, lambda at=position: self._read_ahead(coming[at : at + 2]))  # type: ignore[misc]
             else:
                 self._carry_out(work)
-                self._store.device.host_updates(sum(s.numel for s in work.segments if not s.updates_on_device))
+                self._store.device.host_updates(work.host_update())
                 self._bring_values(work, self._rounded(work))
                 work.let_go(self._store.disk)
 
@@ -222,6 +223,8 @@ class ChunkUpdater:
         prepare: Callable[[], None],
         finished: Callable[[], None] = nothing,
         undo: Callable[[], None] | None = None,
+        kept_bytes: int = 0,
+        after: Sequence[Event] = (),
     ) -> None:
         """Queues an update.
 
@@ -230,6 +233,8 @@ class ChunkUpdater:
             prepare: called first, on the thread that makes it.
             finished: called once it is done and wanted, by the program.
             undo: see :meth:`gemini.holdings.Holdings.begin_update`.
+            kept_bytes: that ``prepare`` copies.
+            after: what it waits for.
         """
         rounded: list[torch.Tensor | None] = []
 
@@ -243,7 +248,7 @@ class ChunkUpdater:
             self._bring_values(work, rounded)
             finished()
 
-        job = self._queue.submit(run, sum(segment.numel for segment in work.segments))
+        job = self._queue.submit(run, work.host_update(kept_bytes), after)
         work.chunk.begin_update(job, finish, undo)
 
     # -- on whichever thread -----------------------------------------------------------------------------------------

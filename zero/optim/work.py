@@ -14,6 +14,7 @@ import torch
 
 from gemini.chunk import Chunk
 from gemini.disk import DiskArena
+from gemini.profile import HostUpdate
 from gemini.segment import Segment
 from gemini.tensor import ChunkTensor
 from zero.optim.straddle import whole_blocks
@@ -72,6 +73,19 @@ class ChunkWork:
         for segment in self.segments:
             for buffer in segment.on_disk():
                 disk.let_go(buffer)
+
+    def host_update(self, kept_bytes: int = 0) -> HostUpdate:
+        """What of it is done on the host.
+
+        Args:
+            kept_bytes: of what it overwrites, copied first.
+        """
+        segments = [segment for segment in self.segments if not segment.updates_on_device]
+        numel = sum(segment.numel for segment in segments)
+        num_bytes = 2 * kept_bytes + sum(segment.update_bytes for segment in segments)
+        disk_bytes = sum(buffer.nbytes for segment in segments for buffer in segment.on_disk())
+        speed = 1.0 if self.chunk.codec is None else self.chunk.codec.speed
+        return HostUpdate(numel, num_bytes / max(1, numel), speed, disk_bytes)
 
     def needs_only_host_memory(self, keys: Iterable[str]) -> bool:
         """Whether nothing has to be allocated, and nothing lies on the device, so that it may run beside the program.
