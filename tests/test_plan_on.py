@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cli_case import write_config
 from gemini.profile import HardwareProfile
 from zero.cli.main import main
 from zero.config.loading import load_config
-from zero.forecast import Machine, changes, forecast, most_rows, scaled_trace
+from zero.forecast import Machine, _neighbours, changes, forecast, most_rows, scaled_trace
 from zero.planning import DryRun, dry_run_of
 
 Output = pytest.CaptureFixture[str]
@@ -151,6 +152,25 @@ class TestForecast:
         accumulating = [change for change in found if change.key == "train.gradient_accumulation_steps"]
         assert accumulating, "an update for twice the tokens, on a machine whose updates are slow"
         assert accumulating[0].forecast.num_tokens == 2 * now.num_tokens
+
+    def test_formats_order_activations_and_disk_are_tried(self, tmp_path: Path) -> None:
+        extra = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+        config = load_config(write_config(tmp_path), {"train": extra, "precision": {"dtype": "bf16"}})
+        dry = dry_run_of(config, None, None, 1, variants=True)
+        slow_memory = replace(SLOW, host_dram_bytes_per_s=1e6, host_update_numel_per_s=1e6)
+        machine = Machine(slow_memory, 2 << 20, 1 << 40)
+        tried = {change.key: change for change in _neighbours(config, dry, machine)}
+        assert {"precision.optimizer_state", "train.accumulation_order", "memory.activations"} <= tried.keys()
+        assert "memory.disk" not in tried, "the host has room"
+        now = forecast(config, dry, machine)
+        states = [c for c in changes(config, dry, machine, now) if c.key == "precision.optimizer_state"]
+        assert states, "an update that host memory limits moves fewer bytes"
+        assert all(change.forecast.step_s < now.step_s for change in states)
+        small = replace(machine, host_bytes=now.planned.host_peak_bytes // 2)
+        assert not forecast(config, dry, small).fits
+        disk = next(change for change in _neighbours(config, dry, small) if change.key == "memory.disk")
+        assert disk.forecast.fits
+        assert disk.forecast.planned.disk_bytes > 0
 
     def test_the_largest_micro_batch_fits_and_twice_as_many_rows_do_not(self, dry: DryRun, tmp_path: Path) -> None:
         folder = write_config(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -14,13 +16,20 @@ from gemini.schedule import Run
 from gemini.segment import Placement
 from gemini.timeline import Prediction, replay, required_bytes
 from gemini.trace import Moment, Trace
+from zero.config.loading import load_config
 from zero.config.schema import Config
+from zero.dryrun import CannotWalkError
+from zero.errors import UserError
+from zero.optim.coded import SPEEDS
+from zero.optim.formats import FORMATS, FP32
 from zero.planning import DryRun, PlannedRun, decide
 from zero.updating import wants_early_updates
 
+logger = logging.getLogger("zero")
+
 _WORTH = 1.02
 """A change that gains less than this is not worth a line."""
-_MOST_CHANGES = 4
+_MOST_CHANGES = 6
 _MOST_ROWS = 1 << 14
 _LIMITS = {
     COMPUTE: "computing on the device",
@@ -205,11 +214,72 @@ def _neighbours(config: Config, dry: DryRun, machine: Machine) -> Iterator[Chang
         other = _forecast(config, policy, replace(dry, trace=dry.other_checkpointing), machine, rows)
         note = "computes the forward twice, to save memory" if is_off else "keeps more activations on the device"
         yield Change("train.gradient_checkpointing", "true" if is_off else "false", other, note)
+    yield from _other_states(config, dry, machine)
+    yield from _other_walks(config, dry, machine)
     if policy.name != "auto":
         yield Change("memory.policy", '"auto"', _forecast(config, replace(policy, name="auto"), dry, machine, rows))
     if policy.prefetch_depth is not None:
         chosen = _forecast(config, replace(policy, prefetch_depth=None), dry, machine, rows)
         yield Change("memory.prefetch", '"auto"', chosen)
+
+
+def _other_states(config: Config, dry: DryRun, machine: Machine) -> Iterator[Change]:
+    """Other formats of the optimizer's states, where they can be had; and the disk, where the host has no room."""
+    rows = config.train.per_device_train_batch_size
+    precision = config.precision
+    if (precision.dtype, precision.optimizer_state) == ("bf16", "fp32") and config.optimizer.name in ("adamw", "adam"):
+        for name in FORMATS:
+            if name == FP32.name:
+                continue
+            coded = replace(dry, facts=[_coded(fact, name) for fact in dry.facts])
+            policy = policy_of(config, machine, coded)
+            note = "exact" if FORMATS[name].is_exact else "rounds states at random"
+            found = _forecast(config, policy, coded, machine, rows)
+            yield Change("precision.optimizer_state", f'"{name}"', found, note)
+    if config.memory.disk is None and host_bytes(dry.facts, [Placement() for _ in dry.facts]) > _share_bytes(machine):
+        spilling = load_config(config, {"memory": {"disk": tempfile.gettempdir()}})
+        found = _forecast(spilling, policy_of(spilling, machine, dry), dry, machine, rows)
+        yield Change("memory.disk", "a folder", found, "at the speed of the disk")
+
+
+def _share_bytes(machine: Machine) -> int:
+    return machine.host_bytes // machine.num_local_ranks
+
+
+def _coded(fact: ChunkFacts, name: str) -> ChunkFacts:
+    """The same chunk with master and states in another format."""
+    if not fact.companion_bytes_per_numel or fact.value_itemsize != 2:
+        return fact
+    buffers = FORMATS[name].buffers
+    coded_bytes = sum(buffer.dtype.itemsize / buffer.block_numel for buffer in buffers)
+    return replace(
+        fact,
+        companion_bytes_per_numel=coded_bytes + fact.gradient_itemsize,
+        coded_bytes_per_numel=coded_bytes,
+        block_numel=max(buffer.block_numel for buffer in buffers),
+        update_speed=SPEEDS[name],
+    )
+
+
+def _other_walks(config: Config, dry: DryRun, machine: Machine) -> Iterator[Change]:
+    """What changes the passes themselves, so that they are walked through anew."""
+    wishes = []
+    if config.memory.activations == "device" and config.train.checkpointing != "off":
+        wishes.append(("memory", "activations", "host", "what blocks save crosses the link"))
+    if config.train.gradient_accumulation_steps > 1 and config.train.accumulation_order == "batch":
+        wishes.append(("train", "accumulation_order", "layer", "borders' activations of all micro-batches"))
+    for table, key, value, note in wishes:
+        if dry.again is None:
+            return
+        try:
+            changed = load_config(config, {table: {key: value}})
+            walked = dry.again(changed)
+        except (CannotWalkError, UserError) as error:  # it does not go together with the rest
+            logger.debug("no dry run with %s.%s = %s: %s", table, key, value, error)
+            continue
+        rows = changed.train.per_device_train_batch_size
+        found = _forecast(changed, policy_of(changed, machine, walked), walked, machine, rows)
+        yield Change(f"{table}.{key}", f'"{value}"', found, note)
 
 
 def _with_sums(fact: ChunkFacts) -> ChunkFacts:

@@ -58,6 +58,7 @@ class DryRun:
         evaluation: of one evaluation batch; None where there is none.
         double: of a micro-batch of twice the rows; None where nobody asked.
         other_checkpointing: with activation checkpointing where the config has none, and the other way round; likewise.
+        again: makes the dry run of a config that differs in other ways; likewise.
     """
 
     num_parameters: int
@@ -68,6 +69,7 @@ class DryRun:
     double: Trace | None = None
     other_checkpointing: Trace | None = None
     fuses: bool = False
+    again: Callable[[Config], DryRun] | None = None
 
     @property
     def whole(self) -> Trace:
@@ -170,7 +172,10 @@ def dry_run_of(
         options = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
         return dress(AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32, **options), config)
 
-    return dry_run(build, config, shape, evaluation_shape, num_ranks, variants)
+    found = dry_run(build, config, shape, evaluation_shape, num_ranks, variants)
+    if not variants:
+        return found
+    return replace(found, again=lambda changed: dry_run_of(changed, tokenizer, evaluation_shape, num_ranks))
 
 
 def assumed_evaluation_shape(config: Config) -> Shape | None:
