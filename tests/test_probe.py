@@ -69,6 +69,19 @@ class TestProbe:
         check(probe(HostDevice(), update))  # type: ignore[arg-type]
         assert len(asked) == 1
 
+    def test_a_folder_on_disk_is_measured_and_left_empty(self, tmp_path: Path) -> None:
+        from gemini.profile import DISK_READ_BYTES_PER_S, DISK_WRITE_BYTES_PER_S
+
+        assumed, folder = (DISK_READ_BYTES_PER_S, DISK_WRITE_BYTES_PER_S), tmp_path / "made"
+        found = probe(SimulatedDevice(1 << 20), disk=folder)
+        check(found)
+        rates = found.disk_read_bytes_per_s, found.disk_write_bytes_per_s
+        assert all(rate not in assumed for rate in rates)
+        assert not list(folder.iterdir())
+        (tmp_path / "file").touch()
+        unwritable = probe(SimulatedDevice(1 << 20), disk=tmp_path / "file" / "folder")
+        assert (unwritable.disk_read_bytes_per_s, unwritable.disk_write_bytes_per_s) == assumed
+
     def test_the_optimizers_update_changes_weights(self) -> None:
         host_update(1000)()
 

@@ -109,6 +109,23 @@ class TestDevice:
         assert done == [1]
         device.close()
 
+    def test_the_disk_is_read_once_and_ranks_take_turns_with_computing(self) -> None:
+        profile = HardwareProfile(disk_read_bytes_per_s=100.0, rank_link_bytes_per_s=50.0, launch_s=0.0)
+        device = SimulatedDevice(1 << 20, profile=profile)
+        assert device.clock is not None
+        buffer = torch.zeros(100)
+        device.will_read(buffer)
+        device.will_read(buffer)
+        assert device.clock.host_s == 0.0
+        device.reads(buffer)
+        assert device.clock.host_s == pytest.approx(4.0)
+        device.reads(buffer)  # nobody has read it ahead
+        assert device.clock.host_s == pytest.approx(8.0)
+        device.exchanges(100)
+        assert device.clock.compute_s == pytest.approx(10.0)
+        assert device.clock.host_s == pytest.approx(8.0)
+        device.close()
+
     def test_the_config_gives_the_simulated_device_a_card(self) -> None:
         from zero.setup import make_device, make_policy
 
