@@ -32,6 +32,23 @@ class Span:
     num_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Booking:
+    """An update in the queue of the host.
+
+    Attributes:
+        before_s: when the queue is done with what was there before.
+        start_s: when it begins.
+        stop_s: when it is done.
+        span: of the picture.
+    """
+
+    before_s: float
+    start_s: float
+    stop_s: float
+    span: Span | None
+
+
 COMPUTE, IN, OUT, UPDATE, WAIT = "device", "host to device", "device to host", "host update", "program waits"
 DISK, EXCHANGE = "disk", "between ranks"
 LANES = (COMPUTE, IN, OUT, UPDATE, DISK, EXCHANGE, WAIT)
@@ -160,10 +177,22 @@ class Clock:
         self.compute_s = start_s + num_bytes / self.profile.rank_link_bytes_per_s
         self._note(EXCHANGE, label, start_s, self.compute_s, int(num_bytes))
 
-    def update(self, what: HostUpdate, label: str = "", earliest_s: float = 0.0) -> float:
-        """The program queues an update on the host; returns when it is done."""
+    def update(self, what: HostUpdate, label: str = "", earliest_s: float = 0.0) -> Booking:
+        """The program queues an update on the host."""
         self._issue(1)
-        return self._update(what, max(self.update_s, self.host_s, earliest_s), label)
+        before_s = self.update_s
+        self._update(what, max(before_s, self.host_s, earliest_s), label)
+        return Booking(before_s, self._update_start_s, self.update_s, self.spans[-1] if self.spans else None)
+
+    def withdraw(self, last: Booking) -> bool:
+        """Takes the last update out of the queue; False if it has begun, or the disk has begun to read for it."""
+        if last.start_s <= self.host_s or last.stop_s != self.update_s or self._unwritten is not None:
+            return False
+        self.update_s = last.before_s
+        self.busy_s[UPDATE] -= last.stop_s - last.start_s
+        if self.spans is not None and last.span in self.spans:
+            self.spans.remove(last.span)
+        return True
 
     def update_now(self, what: HostUpdate, label: str = "") -> None:
         """The program itself updates on the host: with the cores and the memory that updates beside it would need."""

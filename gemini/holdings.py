@@ -117,6 +117,13 @@ class Holdings:
         """The update that has begun is wanted."""
         self._undo = None
 
+    def withdraw_update(self) -> bool:
+        """Takes a tentative update back that has not begun; False if there is none. It has changed nothing."""
+        if self._update is None or self._undo is None or not self._update[0].withdraw():
+            return False
+        self._undo = self._update = None
+        return True
+
     def undo_update(self) -> None:
         """Takes a tentative update back; nothing if there is none."""
         if self._undo is not None:

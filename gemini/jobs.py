@@ -36,6 +36,10 @@ class Job(ABC):
             Exception: what the work raised, to everyone who waits.
         """
 
+    def withdraw(self) -> bool:
+        """Takes the work back if it has not begun: then it never will. Of several, those queued last come first."""
+        return False
+
 
 class HostQueue(ABC):
     """Takes jobs in an order, and begins them in that order.
@@ -96,6 +100,10 @@ class _ThreadJob(Job):
     def wait(self) -> None:
         """Waits for the thread that runs it."""
         self._future.result()
+
+    def withdraw(self) -> bool:
+        """Unless a thread has taken it."""
+        return self._future.cancel()
 
 
 class ThreadQueue(HostQueue):

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gemini.clock import Clock
+from gemini.clock import Booking, Clock
 from gemini.device import Device
 from gemini.plan import ChunkFacts
 from gemini.profile import HardwareProfile
@@ -157,8 +157,8 @@ class Schedule:
         self._num_passes = 0
         # By chunk on disk: when values that are read ahead are there.
         self._read_s: dict[int, float] = {}
-        # Chunks whose update has begun inside backward, and the room that is left for what such updates overwrite.
-        self._early: set[int] = set()
+        # Chunks whose update was queued inside backward, and the room that is left for what such updates overwrite.
+        self._early: dict[int, Booking] = {}
         self._early_bytes = run.early_bytes if run.has_early_updates else 0
         # What forward has saved on the host: bytes, and when they are there; on their way back, when the last ones are.
         self._saved: list[tuple[int, float]] = []
@@ -167,7 +167,10 @@ class Schedule:
     # -- the update of the step before -------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """``step()``: all gradients have arrived."""
+        """``step()``: all gradients have arrived. Updates queued before that have not begun take their turn in order."""
+        for chunk, booking in reversed(list(self._early.items())):
+            if self.clock.withdraw(booking):
+                del self._early[chunk]
         for fact, placement in zip(self._facts, self._placements, strict=True):
             if fact.companion_bytes_per_numel and fact.index not in self._early:
                 self._update(fact, placement)
@@ -184,7 +187,7 @@ class Schedule:
             self._updated_s[fact.index] = math.inf
             return
         if not on_device:
-            self._updated_s[fact.index] = clock.update(fact.host_update(placement), label)
+            self._updated_s[fact.index] = clock.update(fact.host_update(placement), label).stop_s
             return
         clock.compute(clock.profile.device_update_s(on_device), 1, f"update {label}" if label else "")
         if on_device < fact.numel:  # cut in two: the program carries out both parts
@@ -325,9 +328,9 @@ class Schedule:
         kept_bytes = fact.overwritten_bytes(placement)
         if kept_bytes <= self._early_bytes and fact.index not in self._early:
             self._early_bytes -= kept_bytes
-            self._early.add(fact.index)
             update = fact.host_update(placement, early=True)
-            self._updated_s[fact.index] = self.clock.update(update, self._label(fact.index), arrives_s)
+            self._early[fact.index] = self.clock.update(update, self._label(fact.index), arrives_s)
+            self._updated_s[fact.index] = self._early[fact.index].stop_s
 
     def _settle_arrival(self, chunk: int) -> None:
         arrival = self._on_way.pop(chunk)

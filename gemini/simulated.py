@@ -14,19 +14,18 @@ import contextlib
 import random
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
 
 import torch
 
-from gemini import jobs
 from gemini.clock import Clock
 from gemini.device import Device, DeviceMemory, Event, Stream
 from gemini.heap import LARGE_BYTES, give_back_free_memory, own_mapping
-from gemini.jobs import HostQueue, Job
+from gemini.jobs import HostQueue
 from gemini.profile import HardwareProfile, HostUpdate
+from gemini.simulated_queues import SimulatedEvent, SimulatedQueue, SimulatedStream, unwatched
 from gemini.tracker import StorageTracker
 from gemini.units import format_bytes
 from gemini.work import Work
@@ -41,203 +40,6 @@ class StreamOrder(Enum):
     """At random moments, from a seed; in order within a stream."""
     IMMEDIATE = "immediate"
     """At once."""
-
-
-class _SimulatedEvent(Event):
-    def __init__(self, stream: SimulatedStream, position: int, at_s: float) -> None:
-        self._stream = stream
-        self._position = position
-        self.at_s = at_s
-
-    def synchronize(self) -> None:
-        """Runs the stream's queue up to the event."""
-        self.run()
-        self._stream.program_waits(self.at_s)
-
-    def run(self) -> None:
-        """The same, while the program does not wait."""
-        self._stream.run_until(self._position)
-
-    def wait_beside(self) -> None:
-        """Runs the queue; the program's clock stands still."""
-        self.run()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has happened; where there is virtual time, whether it would have."""
-        clock = self._stream.clock
-        return self._stream.has_run(self._position) if clock is None else self.at_s <= clock.host_s
-
-
-class SimulatedStream(Stream):
-    """A queue of copies that have not happened yet."""
-
-    def __init__(self, device: SimulatedDevice) -> None:
-        self._device = device
-        # In virtual time: when what was queued last is done, and when what comes next may begin.
-        self._done_s = self._earliest_s = 0.0
-        self._queue: deque[tuple[torch.Tensor, torch.Tensor] | Callable[[], None] | None] = deque()
-        self._num_queued = 0
-        self._num_run = 0
-        # Updates on threads wait for gradients that the program queued.
-        self._lock = threading.RLock()
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queues a copy; whether it runs now is up to the device's stream order."""
-        self._queue.append((target, source))
-        self._num_queued += 1
-        self._done_s = max(self._done_s, self._device.copy_done_s(target, source, max(self._earliest_s, self._done_s)))
-        self._device.something_was_queued()
-
-    def run(self, work: Callable[[], None], numel: int) -> None:
-        """Queues computation; it runs when the queue comes to it."""
-        self._queue.append(work)
-        self._num_queued += 1
-        if self.clock is not None:
-            duration_s = self.clock.profile.device_update_s(numel)
-            self.clock.compute(duration_s)  # which it keeps waiting
-            self._done_s = max(self._done_s, self._earliest_s) + duration_s
-        self._device.something_was_queued()
-
-    @property
-    def clock(self) -> Clock | None:
-        """The device's."""
-        return self._device.clock
-
-    def has_run(self, position: int) -> bool:
-        """Whether the queue has come to ``position``."""
-        return self._num_run >= position
-
-    def record(self) -> Event:
-        """An event after everything queued so far."""
-        return _SimulatedEvent(self, self._num_queued, max(self._done_s, self._earliest_s))
-
-    def wait_compute(self) -> None:
-        """Computation runs as it is issued: whatever a copy must wait for has happened, but for virtual time."""
-        if self._device.clock is not None:
-            self._earliest_s = max(self._earliest_s, self._device.clock.compute_s)
-
-    def program_waits(self, until_s: float) -> None:
-        """The program has waited for an event of this stream."""
-        if self._device.clock is not None:
-            self._device.clock.wait(until_s)
-
-    @property
-    def done_s(self) -> float:
-        """When all that was queued so far is done, in virtual time."""
-        return self._done_s
-
-    def run_until(self, position: int) -> None:
-        """Runs queued copies, oldest first, up to ``position``."""
-        with self._lock:
-            while self._num_run < position:
-                queued = self._queue.popleft()
-                self._num_run += 1
-                with _unwatched():
-                    if callable(queued):
-                        queued()
-                    elif queued is not None:
-                        queued[0].copy_(queued[1])
-
-    @property
-    def num_pending(self) -> int:
-        """Copies not yet run."""
-        return len(self._queue)
-
-    def run_one(self) -> None:
-        """Runs the oldest pending copy."""
-        self.run_until(self._num_run + 1)
-
-    def part_with(self, buffer: torch.Tensor) -> None:
-        """Memory goes while copies of it are queued.
-
-        As with an allocator that knows which streams use a block: a copy that reads it still gets what it holds now,
-        *when the copy runs*; one that writes it does no harm, so it is dropped.
-        """
-        address = buffer.untyped_storage().data_ptr()
-        with self._lock:
-            for index, pair in enumerate(self._queue):
-                if pair is None or callable(pair):
-                    continue
-                target, source = pair
-                if target.untyped_storage().data_ptr() == address:
-                    self._queue[index] = None
-                elif source.untyped_storage().data_ptr() == address:
-                    with _unwatched():
-                        self._queue[index] = target, source.clone()
-
-
-class _SimulatedJob(Job):
-    def __init__(self, queue: SimulatedQueue, work: jobs.Work, done_s: float) -> None:
-        self._queue = queue
-        self._work: jobs.Work | None = work
-        self._error: Exception | None = None
-        self._done_s = done_s
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has run; where there is virtual time, whether it would have."""
-        clock = self._queue.clock
-        return self._work is None if clock is None else self._done_s <= clock.host_s
-
-    def run(self) -> None:
-        """Runs the work; its error is for those who wait."""
-        work, self._work = self._work, None
-        if work is None:
-            return
-        try:
-            with _unwatched():
-                work()
-        except Exception as error:
-            self._error = error
-
-    def wait(self) -> None:
-        """Runs this job, if it has not run, and no other: who waits for one must not rely on those before it."""
-        self._queue.forget(self)
-        self.run()
-        if self._queue.clock is not None:
-            self._queue.clock.wait(self._done_s)
-        if self._error is not None:
-            raise self._error
-
-
-class SimulatedQueue(HostQueue):
-    """Jobs that have not run yet."""
-
-    def __init__(self, device: SimulatedDevice) -> None:
-        self._device = device
-        self._jobs: dict[_SimulatedJob, None] = {}
-
-    @property
-    def clock(self) -> Clock | None:
-        """The device's."""
-        return self._device.clock
-
-    def submit(self, work: jobs.Work, update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
-        """Queues ``work``; whether it runs now is up to the device's stream order."""
-        done_s = 0.0
-        if self.clock is not None:
-            arrived_s = max((event.at_s for event in after if isinstance(event, _SimulatedEvent)), default=0.0)
-            done_s = self.clock.update(update or HostUpdate(0), earliest_s=arrived_s)
-        job = _SimulatedJob(self, work, done_s)
-        self._jobs[job] = None
-        self._device.something_was_queued()
-        return job
-
-    @property
-    def num_pending(self) -> int:
-        """Jobs not yet run."""
-        return len(self._jobs)
-
-    def run_one(self) -> None:
-        """Runs the oldest pending job."""
-        job = next(iter(self._jobs))
-        self.forget(job)
-        job.run()
-
-    def forget(self, job: _SimulatedJob) -> None:
-        """The job runs now."""
-        self._jobs.pop(job, None)
 
 
 class SimulatedDevice(Device):
@@ -300,7 +102,7 @@ class SimulatedDevice(Device):
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A poisoned buffer that counts against the capacity."""
         self._admit(numel * dtype.itemsize)
-        with _unwatched(), own_mapping(numel * dtype.itemsize):
+        with unwatched(), own_mapping(numel * dtype.itemsize):
             buffer = super().allocate(numel, dtype)
             self._fill(buffer)
         self._tracker.exempt(buffer)
@@ -311,7 +113,7 @@ class SimulatedDevice(Device):
         for stream in self._streams:
             stream.part_with(buffer)
         num_bytes = buffer.nbytes
-        with _unwatched():
+        with unwatched():
             self._fill(buffer)
             super().give_back(buffer)
         if num_bytes >= LARGE_BYTES:
@@ -325,7 +127,7 @@ class SimulatedDevice(Device):
     def take_again(self, buffer: torch.Tensor, numel: int) -> None:
         """Puts poisoned memory back under the buffer."""
         self._admit(numel * buffer.dtype.itemsize)
-        with _unwatched(), own_mapping(numel * buffer.dtype.itemsize):
+        with unwatched(), own_mapping(numel * buffer.dtype.itemsize):
             super().take_again(buffer, numel)
             self._fill(buffer)
 
@@ -380,7 +182,7 @@ class SimulatedDevice(Device):
 
     def wait(self, event: Event) -> None:
         """Computation is issued and run at once, so waiting means running the queue."""
-        if self.clock is None or not isinstance(event, _SimulatedEvent):
+        if self.clock is None or not isinstance(event, SimulatedEvent):
             event.synchronize()
             return
         event.run()
@@ -467,17 +269,11 @@ class SimulatedDevice(Device):
 
     def bookkeeping(self) -> contextlib.AbstractContextManager[None]:
         """Nothing made inside counts as activations."""
-        return _unwatched()
+        return unwatched()
 
     def close(self) -> None:
         """Stops watching backward passes."""
         _BackwardWatch.remove(self)
-
-
-@contextlib.contextmanager
-def _unwatched() -> Iterator[None]:
-    with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
-        yield
 
 
 class _BackwardWatch:

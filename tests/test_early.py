@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ import zero
 from gemini.store import Kind, Tier
 from zero.engine import Engine
 from zero.optim.early import EarlyUpdates
+from zero.optim.update import ChunkUpdater
+from zero.optim.work import ChunkWork
 
 
 def _model() -> nn.Module:
@@ -209,3 +212,38 @@ def test_clipping_and_accumulation_begin_after_backward(confirmed: list[bool]) -
     for train in ({"max_grad_norm": 1.0}, {"gradient_accumulation_steps": 2}):
         _train(_engine(train=train))
     assert not any(confirmed)
+
+
+def test_what_has_not_begun_when_the_step_comes_takes_its_turn_in_the_order_of_the_next_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the chunk that is read first would be updated last: backward comes to it last."""
+    go, order = threading.Event(), []
+    go.set()
+    carry_out = ChunkUpdater._carry_out
+
+    def slowly(updater: ChunkUpdater, work: ChunkWork) -> None:
+        assert threading.current_thread() is threading.main_thread() or go.wait(60)  # the first step makes states
+        order.append(work.chunk.index)
+        carry_out(updater, work)
+
+    monkeypatch.setattr(ChunkUpdater, "_carry_out", slowly)
+    seen = []
+    for early in (True, False):
+        engine = _engine(early, optimizer={"workers": 1}, memory={"chunk": "8KiB"})
+        for index in range(3):
+            engine.synchronize()
+            order.clear()
+            go.clear()
+            _backward(engine, index)
+            engine.step()
+            go.set()
+            engine.manager.check_integrity()
+        engine.synchronize()
+        first, *rest = order
+        assert len(rest) > 3
+        assert rest == sorted(rest)
+        assert (first > rest[-1]) == early  # one had begun, and was confirmed
+        seen.append([tensor.clone() for tensor in engine.module.state_dict().values()])
+        engine.close()
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))

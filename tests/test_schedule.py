@@ -68,8 +68,8 @@ class TestClock:
     def test_updates_wait_for_the_program_and_for_one_another(self) -> None:
         clock = Clock(SLOW)
         clock.wait(3.0)
-        assert clock.update(HostUpdate(2)) == 5.0
-        assert clock.update(HostUpdate(1)) == 6.0
+        assert clock.update(HostUpdate(2)).stop_s == 5.0
+        assert clock.update(HostUpdate(1)).stop_s == 6.0
         assert clock.host_s == 3.0
         assert (clock.busy_s[WAIT], clock.busy_s[UPDATE]) == (3.0, 3.0)
 

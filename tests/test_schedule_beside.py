@@ -38,9 +38,9 @@ def _replay(facts: list[ChunkFacts], trace: Trace, run: Run | None = None, depth
 class TestDisk:
     def test_states_are_read_under_the_update_before_and_written_under_the_one_after(self) -> None:
         clock = Clock(DISKED)
-        assert clock.update(HostUpdate(10, disk_bytes=120)) == 3 + 10  # read 0-3, update 3-13
-        assert clock.update(HostUpdate(10, disk_bytes=120)) == 13 + 10  # read 3-6; written 13-19
-        assert clock.update(HostUpdate(10, disk_bytes=120)) == 23 + 10  # read 19-22; written 23-29
+        assert clock.update(HostUpdate(10, disk_bytes=120)).stop_s == 3 + 10  # read 0-3, update 3-13
+        assert clock.update(HostUpdate(10, disk_bytes=120)).stop_s == 13 + 10  # read 3-6; written 13-19
+        assert clock.update(HostUpdate(10, disk_bytes=120)).stop_s == 23 + 10  # read 19-22; written 23-29
         clock.write_disk()
         assert clock.busy_s[DISK] == pytest.approx(3 * 3 + 3 * 6)
 

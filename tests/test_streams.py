@@ -14,7 +14,8 @@ from gemini.device import AcceleratorDevice, HostDevice
 from gemini.plan import Plan
 from gemini.policy import Policy
 from gemini.segment import GRADIENT, MASTER, Placement
-from gemini.simulated import SimulatedDevice, SimulatedStream, StreamOrder
+from gemini.simulated import SimulatedDevice, StreamOrder
+from gemini.simulated_queues import SimulatedStream
 from gemini.store import Tier
 from gemini.transfer import Transfer
 
@@ -132,9 +133,9 @@ def _no_wait_for_gradients(patch: pytest.MonkeyPatch) -> None:
     original = Transfer.gradient_out
 
     def hasty(self: Transfer, *args: object, **kwargs: object) -> None:
-        patch.setattr("gemini.simulated._SimulatedEvent.synchronize", lambda self: None)
+        patch.setattr("gemini.simulated_queues.SimulatedEvent.synchronize", lambda self: None)
         original(self, *args, **kwargs)  # type: ignore[arg-type]
-        patch.setattr("gemini.simulated._SimulatedEvent.synchronize", _synchronize)
+        patch.setattr("gemini.simulated_queues.SimulatedEvent.synchronize", _synchronize)
 
     patch.setattr(Transfer, "gradient_out", hasty)
 

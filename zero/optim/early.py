@@ -89,7 +89,7 @@ class EarlyUpdates:
         self._updater = updater
         self._snapshots = snapshots
         self._factor: float | None = None
-        self._works: dict[Chunk, ChunkWork] = {}
+        self._works: dict[Chunk, tuple[ChunkWork, list[torch.Tensor]]] = {}
 
     @contextlib.contextmanager
     def allowed(self, factor: float | None) -> Iterator[None]:
@@ -110,6 +110,16 @@ class EarlyUpdates:
         for chunk in self._works:
             chunk.undo_update()
         self._works.clear()
+
+    def make_way(self) -> None:
+        """The step is taken: what has not begun is withdrawn, for gradients came in the wrong order.
+
+        The next forward pass reads first what backward came to last.
+        """
+        for chunk, (_, kept) in reversed(list(self._works.items())):
+            if chunk.withdraw_update():
+                self._snapshots.give_back(kept)
+                del self._works[chunk]
 
     def close(self) -> None:
         """Gives the memory back; all updates have been waited for."""
@@ -141,7 +151,7 @@ class EarlyUpdates:
                     self._updater.scalars[tensor] = scalars
             self._snapshots.give_back(kept)
 
-        self._works[chunk] = work
+        self._works[chunk] = work, kept
         kept_bytes = sum(buffer.nbytes for buffer in kept)
         events = [arrival.event for arrival in arrivals]
         self._updater.begin(work, prepare, lambda: self._snapshots.give_back(kept), undo, kept_bytes, events)
@@ -169,7 +179,7 @@ class EarlyUpdates:
 
     def confirm(self, chunk: Chunk, groups: dict[ChunkTensor, Group], factor: float) -> bool:
         """The step is taken: whether the chunk's update has begun already, just as it is to be made now."""
-        work = self._works.pop(chunk, None)
+        work, _ = self._works.pop(chunk, (None, None))
         if work is None or not chunk.is_tentative:
             return False
         if work.factor != factor or work.groups != groups or any(t.gradient_norm is None for t in groups):

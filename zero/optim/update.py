@@ -175,6 +175,7 @@ class ChunkUpdater:
             factor: gradients are multiplied by it first (1 / loss scale x clip coefficient).
         """
         coming: list[ChunkWork] = []
+        self.early.make_way()
         self._num_threads = max(1, torch.get_num_threads() // self._queue.num_workers)
         now = {id(group): captured(group) for group in {id(g): g for g in self.groups.values()}.values()}
         for chunk in chunks:
