@@ -99,8 +99,10 @@ def test_losses_and_weights_are_the_same_to_the_bit(
     confirmed.clear()
     tables["optimizer"]["early"] = True
     assert _same(_train(_engine(True, dtype, **tables)), want)
-    # The first step makes states, so nothing is early there; fp16 may begin with steps that overflow.
-    assert sum(confirmed) >= (len(confirmed) // 5) * (2 if dtype == "fp16" else 4) > 0
+    # The first step makes states, so nothing is early there; fp16 may begin with steps that overflow, and threads may not
+    # have begun all that was queued.
+    each_step = len(confirmed) // 5 if workers == "auto" else 1
+    assert sum(confirmed) >= each_step * (2 if dtype == "fp16" else 4) > 0
 
 
 def _look_at_weights(engine: Engine, index: int) -> None:
