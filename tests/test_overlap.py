@@ -26,6 +26,8 @@ from tests.reference import (
     spoil,
 )
 from zero import precision
+from zero.optim.native_kernel import NativeKernel
+from zero.updating import share_cores
 
 ROOMY = 1 << 30
 ORDERS = ("procrastinating", *(pytest.param(order, marks=pytest.mark.full) for order in ("random", "immediate")))
@@ -359,3 +361,27 @@ def test_gradients_on_their_way_are_bounded(most_bytes: int) -> None:
     assert sum(on_way) <= most_bytes
     assert on_way or not most_bytes
     engine.close(keep_values=False)
+
+
+@pytest.mark.parametrize(("workers", "num_threads"), [(1, 5), (2, 2), (0, 8)])
+def test_updates_leave_cores_to_the_data_loader(
+    workers: int, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 threads, with 3 processes that prepare batches; an update before step() returns keeps nobody waiting."""
+    seen = set()
+    step = NativeKernel.step
+
+    def noted(kernel: NativeKernel, *args: Any, **kwargs: Any) -> None:
+        seen.add(kwargs["num_threads"])
+        step(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(NativeKernel, "step", noted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    whole = _recipe("llama", "bf16", None)
+    engine = make_engine(whole, ROOMY, "cpu", optimizer={"workers": workers, "kernel": "native"})
+    share_cores(engine.optimizer, torch.utils.data.DataLoader([0], num_workers=3))
+    engine.backward(engine(**whole.batches[0]).loss)
+    engine.step()
+    engine.synchronize()
+    engine.close()
+    assert seen == {num_threads}

@@ -22,6 +22,7 @@ from zero.optim.native import NativeKernel, load_native, native_status
 from zero.optim.native_choice import BY_ITSELF, why_not_native
 from zero.ranks import join_ranks, make_exchange
 from zero.setup import make_device
+from zero.updating import share_cores
 
 
 def initialize(
@@ -68,6 +69,7 @@ def initialize(
     if world is not None:  # all ranks come here with the same loaders, or without the same
         train_dataloader = None if train_dataloader is None else shard_loader(train_dataloader, world)
         test_dataloader = None if test_dataloader is None else shard_loader(test_dataloader, world)
+    share_cores(engine.optimizer, train_dataloader)
     train = None
     if train_dataloader is not None:
         train = LoaderView(train_dataloader, engine.end_of_loader, resolved.train.gradient_accumulation_steps > 1)

@@ -54,6 +54,7 @@ from zero.run_result import RunResult
 from zero.setup import make_device
 from zero.stopping import StopRequest
 from zero.train_step import StepResult, train_step
+from zero.updating import share_cores
 
 logger = logging.getLogger("zero")
 
@@ -142,6 +143,7 @@ class Trainer:
         engine, *_ = initialize(
             model, optimizer, lr_scheduler=scheduler, config=for_trainer(config), device=self._device
         )
+        share_cores(engine.optimizer, config.data)
         torch.manual_seed(config.train.seed + self._ranks.rank)  # each rank drops out other elements
         resumed_from = self._checkpoints.resume(engine, scheduler)
         folder = held_run_folder(self.output_dir) if self._ranks.is_first else contextlib.nullcontext()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 
@@ -50,6 +51,12 @@ def make_updater(
     )
     manager.gradients_are_there = updater.early.gradients_are_there
     return updater
+
+
+def share_cores(optimizer: ZeroOptimizer | None, loader: Any) -> None:
+    """Updates that run beside the program leave a core to each worker process of its data loader."""
+    if optimizer is not None:
+        optimizer.updater.num_loader_workers = int(getattr(loader, "num_workers", 0) or 0)
 
 
 def update_piece_numel(facts: list[ChunkFacts], is_fused: bool, capacity_bytes: int) -> int:

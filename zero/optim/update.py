@@ -99,9 +99,10 @@ class ChunkUpdater:
         fuses: on a device that is not the host, take torch's fused kernel where the optimizer leaves the choice.
         streamed: carries updates of what lies on the host to the device, for chunks that a plan says it of.
 
-    On a worker of the queue the kernel has its share of torch's threads.
+    On a worker of the queue the kernel has its share of torch's threads, less those that batches are prepared on.
 
     Attributes:
+        num_loader_workers: processes that prepare batches, on the same cores.
         groups: of every parameter that is updated, with its hyperparameters.
         early: updates that begin inside backward.
         scalars: states that are no tensors of the parameter's length, by parameter; none before its first update.
@@ -131,6 +132,7 @@ class ChunkUpdater:
         self._fuses = fuses and not store.device.is_host
         self._streamed = streamed
         self._piece_numel = {True: device_piece_numel, False: piece_numel}  # by whether it is on the device
+        self.num_loader_workers = 0
         self._num_threads = 1
         self._of_thread = threading.local()
         self.scalars: dict[ChunkTensor, Scalars] = ScalarsByTensor()
@@ -176,7 +178,7 @@ class ChunkUpdater:
         """
         coming: list[ChunkWork] = []
         self.early.make_way()
-        self._num_threads = max(1, torch.get_num_threads() // self._queue.num_workers)
+        self._num_threads = self._share_of_threads()
         now = {id(group): captured(group) for group in {id(g): g for g in self.groups.values()}.values()}
         for chunk in chunks:
             groups = {t: now[id(self.groups[t])] for t in chunk.tensors if t.has_gradient and t in self.groups}
@@ -198,6 +200,11 @@ class ChunkUpdater:
 
         if self._streamed is not None:
             self._streamed.start()
+
+    def _share_of_threads(self) -> int:
+        """Of each worker of the queue; the program itself, if it updates, takes all: nothing else of it runs then."""
+        others = self.num_loader_workers if self._queue.runs_beside else 0
+        return max(1, (torch.get_num_threads() - others) // self._queue.num_workers)
 
     def _begin_streamed(self, work: ChunkWork) -> bool:
         """Queues an update that is streamed; False if this one is none."""
