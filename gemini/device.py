@@ -210,6 +210,10 @@ class Device(ABC):
     def stream(self, name: str) -> Stream:
         """A new side stream."""
 
+    def taken_bytes(self) -> int:
+        """Of the capacity, what other processes have taken since."""
+        return 0
+
     def host_queue(self, num_workers: int | None) -> HostQueue:
         """A queue of work on the host beside the device's computation.
 
@@ -437,6 +441,12 @@ class AcceleratorDevice(Device):
             raise ValueError(f"device.memory cannot cap a {self.torch_device.type} device; remove it")
         self.capacity_bytes = min(cap_bytes, self.capacity_bytes)
         torch.cuda.set_per_process_memory_fraction(self.capacity_bytes / total_bytes, self.torch_device)
+
+    def taken_bytes(self) -> int:
+        """What is neither free nor this process's."""
+        free_bytes, _ = torch.accelerator.get_memory_info(self.torch_device)
+        held_bytes = torch.accelerator.memory_reserved(self.torch_device)
+        return max(0, self.capacity_bytes - free_bytes - held_bytes)
 
     def _before_change(self) -> None:
         """Splits the window: the allocator tells the peak of model and non-model data together, and while model data

@@ -54,6 +54,7 @@ class SimulatedDevice(Device):
 
     Attributes:
         clock: of that machine; None without a profile.
+        others_bytes: that another process holds.
     """
 
     most_bytes_on_way = 1 << 20
@@ -74,6 +75,7 @@ class SimulatedDevice(Device):
         self.name = "simulated"
         self.torch_device = torch.device("cpu")
         self.capacity_bytes = capacity_bytes
+        self.others_bytes = 0
         self._order = order
         self._random = random.Random(seed)
         self._poison = poison
@@ -91,7 +93,7 @@ class SimulatedDevice(Device):
     def _admit(self, num_bytes: int) -> None:
         """Refuses or counts ``num_bytes`` more, whatever they are for."""
         in_use_bytes = self.model_data_bytes + self._tracker.live_bytes
-        if in_use_bytes + num_bytes > self.capacity_bytes:
+        if in_use_bytes + num_bytes > self.capacity_bytes - self.others_bytes:
             raise torch.OutOfMemoryError(
                 f"simulated device out of memory: tried to allocate {format_bytes(num_bytes)}; "
                 f"capacity {format_bytes(self.capacity_bytes)}, model data {format_bytes(self.model_data_bytes)}, "
@@ -134,6 +136,10 @@ class SimulatedDevice(Device):
     def _fill(self, buffer: torch.Tensor) -> None:
         if self._poison and buffer.dtype.is_floating_point:
             buffer.fill_(float("nan"))
+
+    def taken_bytes(self) -> int:
+        """As somebody has said."""
+        return self.others_bytes
 
     def memory(self) -> DeviceMemory:
         """Exact figures: every storage is followed."""

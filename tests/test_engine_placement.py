@@ -230,6 +230,34 @@ def test_longer_batch_really_changes_the_plan() -> None:
     engine.close()
 
 
+def test_another_process_takes_memory_and_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the next pass the plan makes room: no pass runs out of memory, and later everything comes back."""
+    whole = recipe("llama", batches=batches(9))
+    engine = make_engine(whole, int(least_capacity(whole) * 2.5))
+    ran_out: list[int] = []
+    monkeypatch.setattr(engine._planner, "ran_out", lambda: ran_out.append(1))
+    losses, resident = [], []
+    for number, batch in enumerate(whole.batches):
+        engine.zero_grad()
+        if number == 3:  # nearly all that is not needed
+            engine.device.others_bytes = engine.device.capacity_bytes - int(least_capacity(whole) * 1.2)
+        if number == 6:
+            engine.device.others_bytes = 0
+        loss = engine(**batch).loss
+        losses.append(loss.item())
+        engine.backward(loss)
+        del loss
+        engine.step()
+        engine.check_integrity()
+        resident.append(engine.plan.resident_parameter_bytes + engine.plan.device_optimizer_bytes)
+    assert resident[2] == resident[8] > resident[4]
+    assert ran_out == []
+    want = run_plain(whole)
+    assert losses == want.losses
+    assert all(torch.equal(value, want.weights[name]) for name, value in engine.module.state_dict().items())
+    engine.close()
+
+
 def test_dropout_draws_the_same_numbers_when_a_batch_is_run_again() -> None:
     """OPT draws dropout: a forward that is started over must not draw on from where it failed."""
     micro = [batches(1, 2, tokens, seed=tokens)[0] for tokens in (6, 6, 30, 6)]

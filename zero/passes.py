@@ -23,6 +23,8 @@ logger = logging.getLogger("zero")
 _SLACK = 256
 """What users hold on to from step to step is rounded up to one part in so many of the capacity: no new plan for each
 byte."""
+_OTHERS_SLACK = 64
+"""Likewise what other processes take."""
 
 
 class PassPlanner:
@@ -57,6 +59,9 @@ class PassPlanner:
         self._was_planned = False
         self._margin_bytes = 0
         self._planned_margin_bytes = 0
+        # Of the device, what other processes have taken.
+        self._taken_bytes = 0
+        self._planned_taken_bytes = 0
 
     def pass_begins(self, training: bool, batch_shape: tuple[int, ...], pending: bool) -> None:
         """A forward pass is about to run.
@@ -69,8 +74,19 @@ class PassPlanner:
         self._held_bytes = self._device.memory().non_model_bytes
         if self._manager.phase is not Phase.IDLE:
             self._manager.abort_pass()  # a forward that nobody has taken backward yet
+        if training:
+            self._look_for_others()
         self._prepare(training, batch_shape, pending)
         self._manager.begin_pass(training, batch_shape, pending)
+
+    def _look_for_others(self) -> None:
+        """Whether other processes have taken, or given back, so much of the device that another plan is needed."""
+        slack_bytes = self._device.capacity_bytes // _OTHERS_SLACK
+        taken_bytes = self._device.taken_bytes()
+        if taken_bytes > self._planned_taken_bytes or taken_bytes + 2 * slack_bytes < self._planned_taken_bytes:
+            # With some to spare, so that not every megabyte asks for a new plan.
+            self._taken_bytes = taken_bytes + slack_bytes if taken_bytes else 0
+            self.needs_plan |= self._manager.trace is not None
 
     def _prepare(self, training: bool, batch_shape: tuple[int, ...], pending: bool) -> None:
         trace = self._manager.trace
@@ -149,6 +165,7 @@ class PassPlanner:
             "trace": trace.to_json(),
             "held_bytes": max(self._held_bytes, self._traced_held_bytes),
             "margin_bytes": self._margin_bytes,
+            "taken_bytes": self._taken_bytes,
         }
 
     def adopt(self, bases: list[dict[str, Any]]) -> None:
@@ -159,6 +176,7 @@ class PassPlanner:
         self._manager.trace = traces[0]
         self._traced_held_bytes = max(basis["held_bytes"] for basis in bases)
         self._margin_bytes = max(basis["margin_bytes"] for basis in bases)
+        self._taken_bytes = max(basis["taken_bytes"] for basis in bases)
         self.needs_plan = True
 
     def _replan(self) -> None:
@@ -172,8 +190,11 @@ class PassPlanner:
         margin_bytes = more_bytes + self._margin_bytes
         self._planned_margin_bytes = self._margin_bytes
         self._planned_held_bytes = self._traced_held_bytes + more_bytes
+        self._planned_taken_bytes = self._taken_bytes
+        left_bytes = self._device.capacity_bytes - self._taken_bytes
         try:
-            plan = self._policy.decide(self._facts, _with_more(trace, margin_bytes), self._device.capacity_bytes)
+            plan = self._policy.decide(self._facts, _with_more(trace, margin_bytes), left_bytes)
+            plan.spared_bytes += self._taken_bytes
         except DoesNotFitError as error:
             # The pass that was traced did run, so this is a prediction on the safe side: go on as it ran.
             logger.debug("no plan from the trace: %s", error)
@@ -181,8 +202,10 @@ class PassPlanner:
         if self._was_planned:
             needed_bytes = max((moment.both_peak_bytes for moment in trace.moments), default=0)
             logger.info(
-                "a pass needed more than those before it (now %s at the highest, beside what stays): planned anew",
+                "a pass needed more than those before it (now %s at the highest, beside what stays), or others have taken "
+                "device memory (%s): planned anew",
                 format_bytes(needed_bytes),
+                format_bytes(self._taken_bytes),
             )
         self._was_planned = True
         self._manager.apply(plan)
