@@ -30,6 +30,9 @@ from zero.world import PeerLostError, World
 ALIGN_NUMEL = 64
 """Shards begin at a whole number of so many elements, the unit in which optimizer kernels work."""
 _MOST_STAGING_BYTES = 16 << 20
+_MOST_STAGING_BYTES_ON_HOST = 2 << 20
+"""So little that even the sums in fp32, and what gloo copies to inside, need no mapping of their own: a fresh one for each
+piece was measured to double a step's seconds in the kernel (see :func:`gemini.heap.begin_tidy`)."""
 
 
 @dataclass(frozen=True)
@@ -309,9 +312,7 @@ class RankExchange(Exchange):
 
     def _gather(self, chunk: Chunk, ranks: list[int]) -> None:
         if len(ranks) == self.world.size:
-            shard = chunk.shard
-            self._device.exchanges((shard.gathered_numel - shard.numel) * chunk.buffer.itemsize)
-            all_gather(chunk.buffer, chunk.buffer[shard.start : shard.stop], self.world.bulk)
+            self._gather_together(chunk)
             return
         own = torch.cat([segment.values.cpu() for segment in chunk.segments])
         for rank in ranks:
@@ -325,6 +326,18 @@ class RankExchange(Exchange):
                     part = torch.empty(shard.numel, dtype=chunk.layout.dtype)
                     dist.recv(part, owner, self.world.control)
                     chunk.buffer[shard.start : shard.stop].copy_(part)
+
+    def _gather_together(self, chunk: Chunk) -> None:
+        shard, buffer = chunk.shard, chunk.buffer
+        self._device.exchanges((shard.gathered_numel - shard.numel) * buffer.itemsize)
+        if not self._device.is_host:
+            all_gather(buffer, buffer[shard.start : shard.stop], self.world.bulk)
+            return
+        step = self._staging_numel(buffer.dtype)  # gloo gathers into a buffer of its own first
+        for start in range(0, shard.numel, step):
+            numel = min(step, shard.numel - start)
+            parts = [buffer[first : first + numel] for first in range(start, buffer.numel(), shard.numel)]
+            dist.all_gather(parts, parts[self.world.rank], self.world.bulk)
 
     def _read(self, chunk: Chunk, ranks: list[int], what: int, into: torch.Tensor | None) -> None:
         entry = chunk.layout.entries[what >> 33]
@@ -367,7 +380,7 @@ class RankExchange(Exchange):
         # Together over the fast links between devices, apart through host memory.
         device = self._device.torch_device if len(ranks) == self.world.size else torch.device("cpu")
         wire_dtype = self._reduce_dtype or chunk.layout.dtype
-        step = self._staging_numel(chunk, wire_dtype)
+        step = self._staging_numel(wire_dtype)
         for start in range(0, chunk.shard.numel, step):
             numel = min(step, chunk.shard.numel - start)
             parts = self._parts(chunk, runs, start, numel, wire_dtype, device)
@@ -375,9 +388,10 @@ class RankExchange(Exchange):
             chunk.add_sums(chunk.shard.start + start, total.to(sums_dtype).to(self._device.torch_device))
         chunk.has_sums = True
 
-    def _staging_numel(self, chunk: Chunk, dtype: torch.dtype) -> int:
+    def _staging_numel(self, dtype: torch.dtype) -> int:
         """Elements of a shard that are exchanged at a time: what is received lies beside the gathered copy."""
-        most_bytes = min(_MOST_STAGING_BYTES, max(1 << 14, self._device.capacity_bytes // 64))
+        staging_bytes = _MOST_STAGING_BYTES_ON_HOST if self._device.is_host else _MOST_STAGING_BYTES
+        most_bytes = min(staging_bytes, max(1 << 14, self._device.capacity_bytes // 64))
         most_numel = most_bytes // (dtype.itemsize * self.world.size)
         return max(ALIGN_NUMEL, most_numel - most_numel % ALIGN_NUMEL)
 
