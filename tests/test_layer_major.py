@@ -428,10 +428,10 @@ def test_zero_train_in_both_orders(tmp_path: Path) -> None:
     summaries = {}
     for order in ("batch", "layer"):
         model = {"config": {**TINY["model"]["config"], "dropout": 0.0, "tie_word_embeddings": False}}
-        config = write_config(tmp_path, model=model, device={"memory": "16MiB"}, data={"max_samples": 30})
+        config = write_config(tmp_path, model=model, device={"memory": "16MiB"}, data={"max_samples": 60})
         arguments = {
             "output_dir": str(tmp_path / order), "accumulation_order": order, "gradient_accumulation_steps": 3,
-            "max_steps": 2, "save_steps": 100, "max_grad_norm": 1.0,
+            "max_steps": 3, "save_steps": 100, "max_grad_norm": 1.0,
         }  # fmt: skip
         flat = [word for key, value in arguments.items() for word in (f"--train.{key}", str(value))]
         assert main(["train", config, *flat]) == 0
