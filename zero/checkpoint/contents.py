@@ -186,6 +186,7 @@ def collect(engine: Engine, include_frozen: bool, ranks: SavingRanks, with_gradi
     for tensor in sorted(engine._tensors.values(), key=lambda t: (t.chunk.index, t.position)):
         is_whole = tensor.chunk.shard.is_whole
         if tensor.name in with_gradient:
+            tensor.chunk.settle_arrivals()  # blocks are read past what else waits for them
             contents.gradients.extend(_gradient_sources(tensor, ranks))
         if is_whole and tensor.chunk.index % ranks.size != ranks.rank:
             continue

@@ -1,0 +1,87 @@
+"""What is easily left behind: gradients on their way into a checkpoint, snapshots of old cuts, momentum that begins late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zero
+from gemini.plan import Plan
+from gemini.segment import Placement
+from zero.engine import Engine
+from zero.optim.early import EarlyUpdates
+
+SIMULATED = {"type": "simulated", "memory": "8MiB"}
+
+
+def _engine(make: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW, **tables: dict[str, Any]) -> Engine:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 17), nn.Tanh(), nn.Linear(17, 3))
+    config = {"device": SIMULATED, "memory": {"policy": "cpu"}, **tables}
+    return zero.initialize(model, make(model.parameters()), config=config)[0]
+
+
+def _backward(engine: Engine, index: int) -> None:
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(index))
+    x = x.to(next(engine.module.parameters()).dtype)
+    engine.backward(engine(x).float().square().sum())
+
+
+def _weights(engine: Engine) -> torch.Tensor:
+    values = torch.cat([value.flatten().clone() for value in engine.module.state_dict().values()])
+    engine.close()
+    return values
+
+
+@pytest.mark.parametrize("device", [SIMULATED, {"type": "cpu"}])
+def test_a_checkpoint_in_the_first_window_has_all_its_gradients(tmp_path: Path, device: dict[str, Any]) -> None:
+    seen = []
+    for saves in (False, True):
+        engine = _engine(torch.optim.SGD, device=device, train={"gradient_accumulation_steps": 3})
+        for index in range(3):
+            _backward(engine, index)
+            engine.step()
+            if saves and index == 1:
+                engine.load_checkpoint(engine.save_checkpoint(tmp_path))
+        seen.append(_weights(engine))
+    assert torch.equal(*seen)
+
+
+def test_updates_are_early_again_when_a_plan_has_cut_the_chunks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    confirmed = []
+    original = EarlyUpdates.confirm
+
+    def confirm(early: EarlyUpdates, *args: Any) -> bool:
+        confirmed.append(original(early, *args))
+        return confirmed[-1]
+
+    monkeypatch.setattr(EarlyUpdates, "confirm", confirm)
+    early = {"early": True, "kernel": "torch"}
+    engine = _engine(precision={"dtype": "bf16"}, train={"max_grad_norm": None}, optimizer=early)
+    for numel in (0, 5, 7):
+        engine.manager.apply(Plan("cpu", [Placement(numel) for _ in engine.facts]))
+        for index in range(3):
+            engine.zero_grad()
+            _backward(engine, index)
+            confirmed.clear()
+            engine.step()
+        assert any(confirmed), numel
+    engine.close()
+
+
+def test_momentum_that_begins_late_begins_with_the_whole_gradient() -> None:
+    seen = []
+    for kernel in ("torch", "native"):
+        engine = _engine(lambda p: torch.optim.SGD(p, lr=0.01, dampening=0.5), optimizer={"kernel": kernel})
+        for index in range(4):
+            engine.optimizer.param_groups[0]["momentum"] = 0.9 * (index > 1)  # type: ignore[union-attr]
+            engine.zero_grad()
+            _backward(engine, index)
+            engine.step()
+        seen.append(_weights(engine))
+    torch.testing.assert_close(*seen)
