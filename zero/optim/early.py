@@ -55,6 +55,8 @@ class Snapshots:
         if known:
             return known.pop()
         if self._num_bytes + like.nbytes > self._budget_bytes:
+            self.clear()  # of lengths that no chunk has any more, since a plan has cut it elsewhere
+        if self._num_bytes + like.nbytes > self._budget_bytes:
             return None
         try:
             buffer = self._store.allocate(Tier.HOST, Kind.SNAPSHOTS, like.numel(), like.dtype)
