@@ -410,7 +410,9 @@ class ChunkUpdater:
 
     def _native(self, kernel: NativeKernel, work: ChunkWork, segment: Segment) -> None:
         groups = {id(group): group for group in work.groups.values()}.values()
-        for key in {key for group in groups for key in rule_of(self._kind, group, 1, True, 1.0).moments}:
+        keys = {key for group in groups for key in rule_of(self._kind, group, 1, True, 1.0).moments}
+        fresh = not keys <= segment.companions.keys() and segment.codec is None  # momentum that was 0 until now
+        for key in keys:
             self.keys[key] = torch.float32
             if not segment.codes(key):
                 segment.companion(self._store, key, torch.float32)
@@ -418,7 +420,7 @@ class ChunkUpdater:
         out = segment.values if self._is_beside(segment) and not segment.master_is_values else None
         for part in work.native_runs(segment):
             kernel.step(
-                rule_of(self._kind, part.group, part.step, part.first, work.factor),
+                rule_of(self._kind, part.group, part.step, part.first or fresh, work.factor),
                 segment.companions,
                 segment.companions[GRADIENT],
                 out if codec is None else segment.companions[MASTER],
