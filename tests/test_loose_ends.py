@@ -1,4 +1,4 @@
-"""What is easily left behind: gradients on their way into a checkpoint, snapshots of old cuts, momentum that begins late."""
+"""What is easily left behind: gradients on their way into a checkpoint, old snapshots, momentum that begins late."""
 
 from __future__ import annotations
 
