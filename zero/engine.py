@@ -126,7 +126,7 @@ class Engine(WindowVerbs):
         # Updates run on it until chunks are dissolved.
         self._queue = self.device.host_queue(self.config.optimizer.num_workers)
         undo.callback(self._queue.close)
-        # Several ranks must make the same plan: what one of them has to spare does not enter it.
+        # Several ranks must make the same plan, and what others send comes when they have it: none is early there.
         spare_bytes = early_bytes(self.config, self._queue, managed) if exchange is ALONE else 0
         policy = make_policy(self.config, self.device, exchange, spare_bytes)
         self._planner = PassPlanner(policy, managed.facts, self.manager, self.device)
@@ -144,7 +144,7 @@ class Engine(WindowVerbs):
         undo.callback(export.StateDictHook(self.module, self._tensors, self.manager).remove)
         undo.callback(CastGuard(self.module).remove)
         if optimizer is not None:
-            updater = make_updater(optimizer, managed, self.config, self._queue, kernel)
+            updater = make_updater(optimizer, managed, self.config, self._queue, kernel, spare_bytes)
             self._planner.step_bytes = update_bytes(optimizer, self.config, self.facts, self.device)
             self._planner.streamed_piece_numel = self.manager.streamed.piece_numel
             self.optimizer = ZeroOptimizer(

@@ -23,7 +23,12 @@ from zero.setup import Managed
 
 
 def make_updater(
-    optimizer: torch.optim.Optimizer, managed: Managed, config: Config, queue: HostQueue, kernel: NativeKernel | None
+    optimizer: torch.optim.Optimizer,
+    managed: Managed,
+    config: Config,
+    queue: HostQueue,
+    kernel: NativeKernel | None,
+    spare_bytes: int,
 ) -> ChunkUpdater:
     """What updates a model's chunks.
 
@@ -33,6 +38,7 @@ def make_updater(
         config: of the run.
         queue: takes updates that run beside the program.
         kernel: the native one, or None for torch's arithmetic.
+        spare_bytes: of the host, for what updates inside backward overwrite.
     """
     manager = managed.manager
     updater = ChunkUpdater(
@@ -42,7 +48,7 @@ def make_updater(
         queue,
         kernel,
         device_piece_numel=device_piece_numel(manager.device.capacity_bytes, managed.facts),
-        early_bytes=early_bytes(config, queue, managed),
+        early_bytes=spare_bytes,
         fuses=fuses_by_default(config),
         streamed=manager.streamed,
     )

@@ -66,6 +66,12 @@ CONDITIONS: tuple[Condition, ...] = (
         for key in ("betas", "eps", "momentum", "weight_decay")
     ),
     Condition(
+        ("optimizer.early",),
+        "train.max_grad_norm",
+        lambda config: config.optimizer.early is not True or config.train.max_grad_norm is None,
+        "how much gradients are clipped is known when the last has come; remove one of the two",
+    ),
+    Condition(
         ("scheduler.warmup_ratio", "scheduler.warmup_steps"),
         "scheduler.name",
         lambda config: config.scheduler.name != "constant",

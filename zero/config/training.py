@@ -114,7 +114,7 @@ class OptimizerSection(Section):
     early: bool | Literal["auto"] = "auto"
     """Where gradients are not clipped, begin updates inside backward. What they overwrite is kept, in at most half of the
     host memory that the model leaves free, until the step is known to be good: results are the same to the bit. `auto` is
-    true on a real accelerator, and false where nothing can be gained."""
+    true on a real accelerator, and false where nothing can be gained. Only with one process."""
 
     @property
     def num_workers(self) -> int | None:
