@@ -49,6 +49,7 @@ def one_run(system: str, job: dict[str, Any]) -> dict[str, Any]:
     return result | {"system": system, "shape": "tiny", "num_ranks": JOB["num_ranks"], "round": 0, "tokens": 64}
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("peers_on_path")
 def test_two_ranks_of_each_system_train_alike_and_are_reported(tmp_path: Path) -> None:
     """DDP, FSDP2 with offload and ours see the same batches as the reference, and none runs alone under another's name."""

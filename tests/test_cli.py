@@ -126,6 +126,7 @@ class TestTrain:
             pytest.param(
                 ("--precision.dtype", "fp16", "--precision.initial_scale", "1e30", "--precision.max_scale", "1e38"),
                 id="fp16 with skipped steps",
+                marks=pytest.mark.full,
             ),
         ],
     )

@@ -89,7 +89,7 @@ def _check(make: MakeOptimizer, dtype: str = "fp32", num_steps: int = 6, **place
     assert_same(run_engine(whole, **(placed or CUT)), run_plain(whole))
 
 
-@pytest.mark.parametrize(("kind", "options"), sampled(VARIANTS, 2), ids=_label)
+@pytest.mark.parametrize(("kind", "options"), sampled(VARIANTS, 3), ids=_label)
 def test_elementwise_optimizer_on_chunks_that_are_cut(kind: type[optim.Optimizer], options: dict[str, Any]) -> None:
     _check(_maker(kind, options))
 

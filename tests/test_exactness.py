@@ -16,7 +16,7 @@ _MOST_ROOM = 0.02
 _exact: set[str] = set()
 
 
-@pytest.mark.parametrize("model_type", sampled(zoo.BUILT, 2))
+@pytest.mark.parametrize("model_type", sampled(zoo.BUILT, 3))
 def test_architecture_trains_exactly(model_type: str) -> None:
     want = exactness.plain(model_type)
     least_bytes = exactness.least_capacity(model_type)

@@ -466,7 +466,8 @@ def windows_on_ranks(order: str, dtype: str) -> dict[str, Any]:
     return {"norms": run.norms, "weights": weights, "fetches": fetches}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=full)])
+@full
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_ranks_with_windows_of_different_lengths(dtype: str) -> None:
     got = run_ranks(windows_on_ranks, 2, "layer", dtype)
     want = run_ranks(windows_on_ranks, 2, "batch", dtype)
