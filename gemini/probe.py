@@ -22,7 +22,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from gemini.device import AcceleratorDevice, Device, Stream
+from gemini.accelerator import AcceleratorDevice
+from gemini.device import Device, Stream
 from gemini.profile import UPDATE_BYTES_PER_NUMEL, HardwareProfile
 
 Update = Callable[[int], Callable[[], None]]

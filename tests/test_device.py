@@ -7,7 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemini.device import AcceleratorDevice, Device
+from gemini.accelerator import AcceleratorDevice
+from gemini.device import Device
 
 
 class Allocator:

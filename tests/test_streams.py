@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_case import ROOMY_BYTES, House, build, close, spec
 
-from gemini.device import AcceleratorDevice, HostDevice
+from gemini.accelerator import AcceleratorDevice
+from gemini.device import HostDevice
 from gemini.plan import Plan
 from gemini.policy import Policy
 from gemini.segment import GRADIENT, MASTER, Placement

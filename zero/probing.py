@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from gemini.device import AcceleratorDevice, Device
+from gemini.accelerator import AcceleratorDevice
+from gemini.device import Device
 from gemini.exchange import ALONE, Exchange
 from gemini.probe import cached_profile, keep_profile, machine_key, probe
 from gemini.profile import HardwareProfile, named_profile

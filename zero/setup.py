@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from gemini.accelerator import AcceleratorDevice
 from gemini.activations import Activations
 from gemini.arena import HostArena
 from gemini.chunk import Chunk
-from gemini.device import AcceleratorDevice, Device, HostDevice
+from gemini.device import Device, HostDevice
 from gemini.disk import DiskArena
 from gemini.exchange import ALONE, Exchange
 from gemini.heap import give_back_free_memory

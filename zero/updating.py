@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gemini.device import AcceleratorDevice, Device
+from gemini.accelerator import AcceleratorDevice
+from gemini.device import Device
 from gemini.jobs import HostQueue
 from gemini.plan import ChunkFacts
 from gemini.streamed import streamed_piece_numel

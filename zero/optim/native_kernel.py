@@ -145,7 +145,6 @@ class NativeKernel:
             ValueError: A tensor or a number is not as described.
         """
         numel = check_tensors(states, _kinds(rule, form), grad, out)
-        threads = self._num_threads(num_threads)
         stop = numel if stop is None else stop
         if not 0 <= start <= stop <= numel:
             raise ValueError(f"start and stop must lie within 0 and {numel} in this order, not {start} and {stop}")
@@ -169,7 +168,7 @@ class NativeKernel:
             setattr(call, field, states[name].data_ptr())
         if MEAN_SCALE in states:
             call.first_scale, call.second_scale = (states[key].data_ptr() for key in (MEAN_SCALE, SQUARE_SCALE))
-        self.run(call, stop, threads, start=start)
+        self.run(call, stop, self._num_threads(num_threads), start=start)
 
     def _num_threads(self, wish: int | None) -> int:
         threads = torch.get_num_threads() if wish is None else wish
