@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from gemini.device import Device, DeviceMemory, Event, Stream
+from gemini.device import Device, DeviceMemory, Event, Pending, Stream
 from gemini.work import CountingMode
 
 
@@ -47,6 +47,15 @@ class AcceleratorStream(Stream):
         del numel
         with self._stream:
             work()
+
+    def exchange(self, begin: Callable[[], Sequence[Pending]], num_bytes: int, after: Event) -> None:
+        """Begins now, as far as the program goes: collectives order themselves behind the stream they are called on."""
+        del num_bytes
+        if isinstance(after, _AcceleratorEvent):
+            self._stream.wait_event(after.event)
+        with self._stream:
+            for pending in begin():
+                pending.wait()
 
     def record(self) -> Event:
         """An event after everything queued so far."""

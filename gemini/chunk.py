@@ -8,13 +8,13 @@ at once. A chunk whose values are wholly resident uses that resident buffer as i
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from gemini.codec import Codec
-from gemini.device import Event
+from gemini.device import Event, Pending
 from gemini.exchange import ALONE, Exchange
 from gemini.gradients import flat_gradient, must_widen, reserve, send
 from gemini.holdings import Holdings
@@ -131,14 +131,24 @@ class Chunk(Holdings):
             tensor.bound = view
 
     def _fill_buffer(self) -> None:
-        """Queues this process's own values on their way into the gathered buffer, and gets the others'."""
+        """Queues this process's own values on their way into the gathered buffer, and asks for the others'."""
         for segment in self.segments:
             target = self.buffer[segment.start : segment.stop]
             self._transfer.to_gathered(target, segment.values, segment.value_tier)
         self._fetched = self._transfer.fetched_event()
         if not self.shard.is_whole:
-            self._settle_fetch()
             self._exchange.complete(self)
+
+    def gather(self, begin: Callable[[], Sequence[Pending]], num_bytes: int) -> None:
+        """What others own comes by an exchange beside the program: whoever waits for the fetch waits for it, too.
+
+        Args:
+            begin: begins it.
+            num_bytes: that come.
+        """
+        if self._fetched is None:
+            raise RuntimeError(f"chunk {self.index}: nothing was fetched that an exchange could complete")
+        self._fetched = self._transfer.gather(begin, num_bytes, self._fetched)
 
     def acquire(self, tensor: ChunkTensor) -> None:
         """HOLD or HOLD_AFTER_* -> COMPUTE; one more holder if it is in COMPUTE already."""
@@ -239,6 +249,8 @@ class Chunk(Holdings):
     def _to_free(self, after: list[TensorState]) -> None:
         if self.resident:
             raise RuntimeError(f"chunk {self.index}: resident values are moved by a placement, not released")
+        if not self.shard.is_whole:
+            self._settle_fetch()  # others still write there; of copies the allocator knows by itself
         self._bind_placeholders()
         self._store.free(Tier.DEVICE, Kind.GATHERED, self.buffer)
         self._fetched = None
@@ -280,8 +292,6 @@ class Chunk(Holdings):
             self.deliver_all({tensor: flat})
         if self.shard.is_whole:
             self._transfer.let_go(flat)  # it is autograd's, and may go when this returns
-        else:
-            self.settle_arrivals()
 
     def deliver_all(self, gradients: Mapping[ChunkTensor, torch.Tensor]) -> None:
         """Sends flat gradients without a slot; they must be kept until :meth:`settle_arrivals`."""

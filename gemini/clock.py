@@ -110,6 +110,7 @@ class Clock:
         # When the disk is free; when the update queued last begins; its bytes that the disk has not written yet, and from
         # when on it may.
         self._disk_s = self._update_start_s = 0.0
+        self._exchange_s = 0.0  # when the way to the other ranks is free
         self._unwritten: tuple[int, float] | None = None
         self.spans: list[Span] | None = [] if draws else None
         self.busy_s = dict.fromkeys((*LANES, ISSUE), 0.0)
@@ -172,10 +173,15 @@ class Clock:
             num_bytes: that this rank receives.
             label: what it was.
         """
+        self.compute_s = self.exchange_beside(num_bytes, self.compute_s, label)
+
+    def exchange_beside(self, num_bytes: float, earliest_s: float = 0.0, label: str = "") -> float:
+        """The program queues an exchange between ranks beside the computation; returns when it has ended."""
         self._issue(1)
-        start_s = max(self.compute_s, self.host_s)
-        self.compute_s = start_s + num_bytes / self.profile.rank_link_bytes_per_s
-        self._note(EXCHANGE, label, start_s, self.compute_s, int(num_bytes))
+        start_s = max(earliest_s, self.host_s, self._exchange_s)
+        self._exchange_s = start_s + num_bytes / self.profile.rank_link_bytes_per_s
+        self._note(EXCHANGE, label, start_s, self._exchange_s, int(num_bytes))
+        return self._exchange_s
 
     def update(self, what: HostUpdate, label: str = "", earliest_s: float = 0.0) -> Booking:
         """The program queues an update on the host."""

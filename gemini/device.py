@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -61,6 +61,13 @@ class Event(ABC):
         self.synchronize()
 
 
+class Pending(Protocol):
+    """Something that goes on beside the program."""
+
+    def wait(self) -> object:
+        """Returns once it has ended; may be called again."""
+
+
 class Stream(ABC):
     """A queue of copies that runs beside the computation."""
 
@@ -75,6 +82,16 @@ class Stream(ABC):
         Args:
             work: may be called in this call or later; it touches nothing but what the copies of this stream bring and take.
             numel: elements that it updates with the optimizer.
+        """
+
+    @abstractmethod
+    def exchange(self, begin: Callable[[], Sequence[Pending]], num_bytes: int, after: Event) -> None:
+        """Queues an exchange with other processes, which all queue the same ones in the same order.
+
+        Args:
+            begin: begins it, in this call or later; returns what is to be waited for, where it goes on by itself.
+            num_bytes: that come from the others.
+            after: it reads what is there by then.
         """
 
     @abstractmethod
@@ -253,8 +270,11 @@ class Device(ABC):
         del buffer
 
     def exchanges(self, num_bytes: int) -> None:
-        """So many bytes come from other ranks."""
+        """So many bytes come from other processes, in the device's own computation."""
         del num_bytes
+
+    def begin_exchanges(self) -> None:  # noqa: B027 - most streams begin them by themselves
+        """The program is about to wait for other processes, which may wait for exchanges that are queued here."""
 
     def bookkeeping(self) -> contextlib.AbstractContextManager[Any]:
         """A context for the manager's own work: what it makes inside is counted by itself, or lies on the host."""
@@ -280,8 +300,27 @@ class _DoneEvent(Event):
         """Nothing to wait for: copies ran when they were queued."""
 
 
+class _EventOfPending(Event):
+    def __init__(self, pending: Sequence[Pending]) -> None:
+        self._pending = list(pending)
+
+    def synchronize(self) -> None:
+        """Waits for what was pending when the event was recorded."""
+        while self._pending:
+            self._pending[0].wait()
+            del self._pending[0]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has been waited for."""
+        return not self._pending
+
+
 class InlineStream(Stream):
-    """Runs each copy at once; for devices without asynchronous copies."""
+    """Runs each copy at once; for devices without asynchronous copies. Exchanges go on beside the program."""
+
+    def __init__(self) -> None:
+        self._pending: list[Pending] = []
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies now."""
@@ -293,9 +332,18 @@ class InlineStream(Stream):
         del numel
         work()
 
+    def exchange(self, begin: Callable[[], Sequence[Pending]], num_bytes: int, after: Event) -> None:
+        """Begins now."""
+        del num_bytes
+        after.synchronize()
+        self._pending += begin()
+
     def record(self) -> Event:
-        """An event that has already happened."""
-        return _DoneEvent()
+        """An event that has already happened, but for exchanges since the last one."""
+        if not self._pending:
+            return _DoneEvent()
+        pending, self._pending = self._pending, []
+        return _EventOfPending(pending)
 
     def wait_compute(self) -> None:
         """Computation on the host is never ahead of the program."""

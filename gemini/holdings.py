@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
+from gemini.device import Pending
 from gemini.exchange import Shard
 from gemini.gradients import drop, reserve, send
 from gemini.jobs import Job
@@ -40,6 +41,7 @@ class Holdings:
         self._undo: Callable[[], None] | None = None
         self._forgets_gradients = False
         self._arrivals: list[Arrival] = []
+        self._sums_on_way: list[Pending] = []
         self.has_sums = False
         self._streams_update = False
         self.before_change: Callable[[], None] = nothing
@@ -59,9 +61,13 @@ class Holdings:
 
     # -- gradients on their way --------------------------------------------------------------------------------------
 
-    def expect(self, arrivals: list[Arrival]) -> None:
+    def expect(self, arrivals: Sequence[Arrival]) -> None:
         """Gradients that will be there when somebody asks for the segments."""
         self._arrivals += arrivals
+
+    def expect_sums(self, pending: Pending) -> None:
+        """Gradients that come from other processes will have been added when somebody asks for the segments."""
+        self._sums_on_way.append(pending)
 
     @property
     def arrivals(self) -> list[Arrival]:
@@ -70,6 +76,8 @@ class Holdings:
 
     def settle_arrivals(self) -> None:
         """Waits for gradients that are on their way, in the order in which they were sent."""
+        while self._sums_on_way:
+            self._sums_on_way.pop(0).wait()  # where that fails, training has ended: the exchange knows
         while self._arrivals:
             self._arrivals[0].settle()
             del self._arrivals[0]
@@ -78,15 +86,16 @@ class Holdings:
         """Makes room for gradients of the owned part, so that adding to them cannot fail."""
         reserve(self.segments, self._store, self.shard.start, self.shard.stop, dtype, first=not self.has_sums)
 
-    def add_sums(self, start: int, values: torch.Tensor) -> None:
-        """Adds gradients that came from all owners, or takes them as they are where :attr:`has_sums` is not set.
+    def add_sums(self, start: int, values: torch.Tensor, first: bool) -> None:
+        """Adds gradients that came from all owners to those that :meth:`reserve_sums` has made room for.
 
         Args:
             start: first element of the chunk.
             values: 1-D, on the device.
+            first: they are taken as they are: nothing has come before.
         """
-        self.expect(send(self.segments, self._store, self._transfer, start, values, first=not self.has_sums))
-        self.settle_arrivals()
+        for arrival in send(self._segments, self._store, self._transfer, start, values, first):
+            arrival.settle()
 
     @property
     def placement(self) -> Placement:

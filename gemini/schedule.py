@@ -13,7 +13,7 @@ says when that happens. A step begins with the update of the step before, as in 
 - Where updates may begin inside backward, a chunk's does when its gradient has arrived, and keeps what it overwrites.
 - What forward saves on the host leaves before a moment's computation, and comes back one moment ahead in backward.
 - What is on disk is read before it is updated or fetched, a little ahead, and written back after its update.
-- Where other ranks own a part, computation takes turns with fetching it, and with sending them their gradients.
+- What other ranks own comes behind the fetch, beside the computation; sending them their gradients takes turns with it.
 - When all have arrived the norm is known, and the next ``step()`` begins.
 """
 
@@ -237,10 +237,10 @@ class Schedule:
         if fact.values_on_disk and num_bytes:
             self.read_ahead(chunk)
             clock.wait(self._read_s.pop(chunk), self._label(chunk))
-        self._fetched_s[chunk] = clock.copy_in(num_bytes, clock.compute_s, self._label(chunk))
+        there_s = clock.copy_in(num_bytes, clock.compute_s, self._label(chunk))
         if fact.others_numel:
-            clock.compute_waits(self._fetched_s[chunk])
-            clock.exchange(fact.others_numel * fact.value_itemsize, self._label(chunk))
+            there_s = clock.exchange_beside(fact.others_numel * fact.value_itemsize, there_s, self._label(chunk))
+        self._fetched_s[chunk] = there_s
 
     def read_ahead(self, chunk: int) -> None:
         """The disk begins to read a chunk's values, unless an update is about to write them."""

@@ -259,6 +259,11 @@ class SimulatedDevice(Device):
         if self.clock is not None:
             self.clock.exchange(num_bytes)
 
+    def begin_exchanges(self) -> None:
+        """Runs what is queued before them, and them: else two ranks could each wait for what the other has queued."""
+        for stream in self._streams:
+            stream.begin_exchanges()
+
     # -- which computation is on the device --------------------------------------------------------------------------
 
     @contextlib.contextmanager

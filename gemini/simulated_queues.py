@@ -12,7 +12,7 @@ import torch
 
 from gemini import jobs
 from gemini.clock import Booking, Clock
-from gemini.device import Event, Stream
+from gemini.device import Event, Pending, Stream
 from gemini.jobs import HostQueue, Job
 from gemini.profile import HostUpdate
 
@@ -69,6 +69,7 @@ class SimulatedStream(Stream):
         self._queue: deque[tuple[torch.Tensor, torch.Tensor] | Callable[[], None] | None] = deque()
         self._num_queued = 0
         self._num_run = 0
+        self._last_exchange = 0  # its place in the queue
         # Updates on threads wait for gradients that the program queued.
         self._lock = threading.RLock()
 
@@ -88,6 +89,26 @@ class SimulatedStream(Stream):
             self.clock.compute(duration_s)  # which it keeps waiting
             self._done_s = max(self._done_s, self._earliest_s) + duration_s
         self._device.something_was_queued()
+
+    def exchange(self, begin: Callable[[], Sequence[Pending]], num_bytes: int, after: Event) -> None:
+        """Queues it; it begins, and ends, when the queue comes to it."""
+
+        def run() -> None:
+            after.wait_beside()
+            for pending in begin():
+                pending.wait()
+
+        self._queue.append(run)
+        self._num_queued += 1
+        self._last_exchange = self._num_queued
+        if self.clock is not None:
+            there_s = after.at_s if isinstance(after, SimulatedEvent) else 0.0
+            self._done_s = self.clock.exchange_beside(num_bytes, max(self._done_s, self._earliest_s, there_s))
+        self._device.something_was_queued()
+
+    def begin_exchanges(self) -> None:
+        """Runs the queue as far as there are exchanges in it."""
+        self.run_until(self._last_exchange)
 
     @property
     def clock(self) -> Clock | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from gemini.device import Device, Event
+from gemini.device import Device, Event, Pending
 from gemini.store import Tier
 
 
@@ -71,7 +71,7 @@ class Arrival:
 
 
 class Transfer:
-    """Two side streams: parameters in, gradients out.
+    """Side streams: parameters in, gradients out, and what comes from other processes.
 
     Attributes:
         h2d_bytes: host to device since :meth:`reset_counters`.
@@ -85,6 +85,9 @@ class Transfer:
         # Carries gradients to the host. Who reads them waits on its events (:class:`Arrival`); the memory that they
         # come from may be given back before: the allocator keeps it until the copy has run.
         self._out = device.stream("out")
+        # Completes gathered copies with what other processes own. Behind the copies of what this one owns, not among
+        # them: the next chunk's own values cross the link meanwhile. Computation waits on its events.
+        self._between = device.stream("between")
         self._on_way: dict[Arrival, None] = {}  # oldest first
         self._on_way_bytes = 0
         self.h2d_bytes = 0
@@ -108,6 +111,17 @@ class Transfer:
     def fetched_event(self) -> Event:
         """An event after all values queued so far."""
         return self._in.record()
+
+    def gather(self, begin: Callable[[], Sequence[Pending]], num_bytes: int, after: Event) -> Event:
+        """Queues an exchange that completes a gathered buffer; returns an event after it.
+
+        Args:
+            begin: begins it.
+            num_bytes: that come from others.
+            after: this process's own values are in the buffer.
+        """
+        self._between.exchange(begin, num_bytes, after)
+        return self._between.record()
 
     def gradient_out(self, target: torch.Tensor, source: torch.Tensor, tier: Tier, add: bool) -> Arrival | None:
         """Copies or adds a gradient on the device to its owner's buffer; None where it is there when this returns."""

@@ -142,3 +142,11 @@ class TestRanks:
         # Two gathers (the second chunk stays) of 20 bytes, and two reductions of as many, at 5 B/s.
         assert shared.busy_s[EXCHANGE] == pytest.approx(4 * 4.0)
         assert shared.step_s >= alone.step_s + 4 * 4.0 - 1e-6
+
+    def test_values_come_while_the_unit_before_computes(self) -> None:
+        """Three gathers of 4 s; fetched a moment ahead, all but the first hide under 3 s of computing each."""
+        facts, trace = _units(3)
+        facts = [replace(fact, others_numel=10, companion_bytes_per_numel=0, gradient_itemsize=0) for fact in facts]
+        late, ahead = _replay(facts, trace), _replay(facts, trace, depth=1)
+        assert ahead.busy_s[EXCHANGE] == late.busy_s[EXCHANGE] == pytest.approx(3 * 4.0)
+        assert late.step_s - ahead.step_s >= 2 * 3.0 - 1e-6

@@ -22,6 +22,14 @@ def all_gather(output: torch.Tensor, own: torch.Tensor, group: Group | None = No
     _all_gather(output, own, group=group)
 
 
+def begin_all_to_all(outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: Group | None = None) -> Any:
+    """Sends ``inputs[r]`` to rank r and gets ``outputs[r]`` from it, once ``wait()`` of what is returned has returned.
+
+    Shapes agree pairwise. Neither side may be touched until then.
+    """
+    return dist.all_to_all(outputs, inputs, group=group, async_op=True)
+
+
 def all_to_all(outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: Group | None = None) -> None:
-    """Sends ``inputs[r]`` to rank r and gets ``outputs[r]`` from it; shapes agree pairwise."""
-    dist.all_to_all(outputs, inputs, group=group)
+    """The same, waited for."""
+    begin_all_to_all(outputs, inputs, group).wait()

@@ -26,6 +26,7 @@ from gemini.units import format_bytes
 from gemini.windows import SHORT, longer_window
 from zero.config.loading import for_trainer
 from zero.config.schema import Config
+from zero.division import Division, DryExchange
 from zero.dryrun import CannotWalkError, models_own_code, walk, walk_again, walk_evaluation
 from zero.engine import Engine
 from zero.models.build import dress, model_config, set_checkpointing
@@ -33,7 +34,6 @@ from zero.optim.fused import all_fused
 from zero.optim.update import step_bytes
 from zero.optimizers import build_optimizer
 from zero.setup import make_policy
-from zero.sharding import Division, DryExchange
 from zero.updating import fuses_by_default, update_bytes_per_numel, update_piece_numel
 
 logger = logging.getLogger("zero")

@@ -9,8 +9,9 @@ import torch
 from gemini.exchange import ALONE, Exchange
 from zero import world
 from zero.config.schema import Config
+from zero.division import Division
 from zero.errors import UserError
-from zero.sharding import Division, RankExchange
+from zero.sharding import RankExchange
 from zero.world import World
 
 

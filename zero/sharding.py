@@ -6,12 +6,16 @@ other experts, its sequences were shorter, it evicted a chunk that others kept),
 served first, point to point, and the others wait: so ranks that have come apart fall into step again, and nothing can
 hang because two ranks called different collectives. A rank with nothing to ask meets the others at the next common
 verb, such as ``step()``, and serves them until all have come.
+
+A round is waited for; what it agrees on goes on beside the program where it can: values come while what was fetched
+before is computed with, gradients while backward goes on (:mod:`zero.reduction`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, unique
 
@@ -19,72 +23,15 @@ import torch
 import torch.distributed as dist
 
 from gemini.chunk import Chunk
-from gemini.device import Device, HostDevice
+from gemini.device import Device, HostDevice, Pending
 from gemini.exchange import Exchange, Run, Shard
 from gemini.layout import ChunkLayout, Entry
 from gemini.manager import Manager
-from zero.collectives import all_gather, all_to_all
+from zero.collectives import all_gather
+from zero.division import Division, DryExchange, wire_dtype
 from zero.errors import UserError
+from zero.reduction import Reducer, staging_numel
 from zero.world import PeerLostError, World
-
-ALIGN_NUMEL = 64
-"""Shards begin at a whole number of so many elements, the unit in which optimizer kernels work."""
-_MOST_STAGING_BYTES = 16 << 20
-_MOST_STAGING_BYTES_ON_HOST = 2 << 20
-"""So little that even the sums in fp32, and what gloo copies to inside, need no mapping of their own: a fresh one for each
-piece was measured to double a step's seconds in the kernel (see :func:`gemini.heap.begin_tidy`)."""
-
-
-@dataclass(frozen=True)
-class Division:
-    """How chunks are divided.
-
-    Attributes:
-        rank: this process.
-        num_ranks: all of them.
-        replicate_bytes: chunks of no more than so many bytes of values are owned by every rank: fetching them from
-            each other would take longer than their memory is worth.
-    """
-
-    rank: int
-    num_ranks: int
-    replicate_bytes: int
-
-    def is_shared(self, layout: ChunkLayout) -> bool:
-        """Whether each rank owns a part, and not everything."""
-        return self.num_ranks > 1 and layout.num_bytes > self.replicate_bytes
-
-    def shard_of(self, layout: ChunkLayout, rank: int) -> Shard:
-        """What a rank owns of a chunk."""
-        if not self.is_shared(layout):
-            return Shard(0, layout.numel, layout.numel)
-        per_rank = -(-layout.numel // self.num_ranks)
-        per_rank += -per_rank % max(ALIGN_NUMEL, layout.align_numel)
-        return Shard(rank * per_rank, (rank + 1) * per_rank, self.num_ranks * per_rank)
-
-
-class DryExchange(Exchange):
-    """Of one rank of many in a dry run: nobody else is there, and no values are needed.
-
-    Args:
-        division: how the run will divide.
-    """
-
-    def __init__(self, division: Division) -> None:
-        self.division = division
-
-    def shard(self, layout: ChunkLayout) -> Shard:
-        """What the first rank owns."""
-        return self.division.shard_of(layout, 0)
-
-    def reduce(self, chunk: Chunk, runs: Sequence[Run]) -> None:
-        """The gradients' place with their owner is taken; nothing is sent."""
-        chunk.reserve_sums(torch.float32)
-        chunk.has_sums = True
-
-    def read(self, chunk: Chunk, entry: Entry, key: str | None) -> torch.Tensor:
-        """Something of the right form."""
-        return torch.empty(entry.spec.numel, dtype=_wire_dtype(chunk, key))
 
 
 @unique
@@ -131,6 +78,29 @@ def number_of(name: str | None) -> int:
     return 0 if name is None else 1 + zlib.crc32(name.encode())
 
 
+class _Gathering(Pending):
+    """What others own is coming into a chunk's buffer.
+
+    Args:
+        works: collectives that have begun.
+        guarded: around the waiting.
+    """
+
+    def __init__(
+        self, works: Sequence[Pending], guarded: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        self._works = list(works)
+        self._guarded = guarded
+
+    def wait(self) -> None:
+        """It is there afterwards. A second time nothing is waited for, whatever became of the first."""
+        works, self._works = self._works, []
+        if works:
+            with self._guarded():
+                for work in works:
+                    work.wait()
+
+
 class RankExchange(Exchange):
     """Of one rank of many.
 
@@ -144,10 +114,11 @@ class RankExchange(Exchange):
         self.world = world
         self.num_local = world.place.local_size
         self.division = division
+        self._device: Device = HostDevice()
         self._reduce_dtype = reduce_dtype
+        self._reducer = self._make_reducer()
         self._clock: Callable[[], int] = int
         self._chunks: list[Chunk] = []
-        self._device: Device = HostDevice()
         self._names = {number_of(verb): verb for verb in _VERBS}
         self.on_settle: Callable[[], None] = lambda: None
         """Called before the user looks at gradients."""
@@ -161,8 +132,12 @@ class RankExchange(Exchange):
     def attach(self, manager: Manager) -> None:
         """Serves the others from the manager's chunks, from now on."""
         self._chunks, self._device = manager.chunks, manager.device
+        self._reducer = self._make_reducer()
         self._clock = lambda: manager.clock
         self.world.at_end = lambda: self.meet("the end of the program")
+
+    def _make_reducer(self) -> Reducer:
+        return Reducer(self.world, self.division, self._reduce_dtype, self._device, self._guarded)
 
     def detach(self) -> None:
         """Serves nobody any more."""
@@ -209,7 +184,7 @@ class RankExchange(Exchange):
         if chunk.shard.is_whole:
             return own
         position = chunk.layout.entries.index(entry)
-        whole = torch.zeros(entry.spec.numel, dtype=_wire_dtype(chunk, key))
+        whole = torch.zeros(entry.spec.numel, dtype=wire_dtype(chunk, key))
         self._ask(Want.READ, chunk.index, position << 33 | number_of(key), into=whole)
         return whole
 
@@ -244,11 +219,18 @@ class RankExchange(Exchange):
                 "end the program and resume from a checkpoint"
             )
         mine = Request(want, chunk, what, 0 if want is Want.MEET else self._clock())
+        with self._guarded(self._describe(mine)):
+            self._take_part(mine, runs, into)
+
+    @contextlib.contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """Around whatever waits for other ranks: after an error in it, nothing is exchanged any more."""
         try:
-            with self.world.operation(self._describe(mine)):
-                self._take_part(mine, runs, into)
+            with self.world.operation(what):
+                yield
         except BaseException:
             self._is_broken = True
+            self._reducer.forget()
             raise
 
     def _take_part(self, mine: Request, runs: Sequence[Run], into: torch.Tensor | None) -> None:
@@ -262,6 +244,7 @@ class RankExchange(Exchange):
 
     def _round(self, mine: Request) -> list[Request]:
         self.num_rounds += 1
+        self._device.begin_exchanges()
         own = torch.tensor([mine.want, mine.chunk, mine.what, mine.clock], dtype=torch.int64)
         said = torch.empty(_WORDS * self.world.size, dtype=torch.int64)
         all_gather(said, own, self.world.control)
@@ -328,16 +311,23 @@ class RankExchange(Exchange):
                     chunk.buffer[shard.start : shard.stop].copy_(part)
 
     def _gather_together(self, chunk: Chunk) -> None:
+        shard = chunk.shard
+        others_bytes = (shard.gathered_numel - shard.numel) * chunk.layout.dtype.itemsize
+        chunk.gather(lambda: self._begin_gather(chunk), others_bytes)
+
+    def _begin_gather(self, chunk: Chunk) -> list[Pending]:
         shard, buffer = chunk.shard, chunk.buffer
-        self._device.exchanges((shard.gathered_numel - shard.numel) * buffer.itemsize)
         if not self._device.is_host:
             all_gather(buffer, buffer[shard.start : shard.stop], self.world.bulk)
-            return
-        step = self._staging_numel(buffer.dtype)  # gloo gathers into a buffer of its own first
+            return []
+        works: list[Pending] = []
+        step = staging_numel(self._device, buffer.dtype, self.world.size)  # gloo gathers into a buffer of its own first
         for start in range(0, shard.numel, step):
             numel = min(step, shard.numel - start)
             parts = [buffer[first : first + numel] for first in range(start, buffer.numel(), shard.numel)]
-            dist.all_gather(parts, parts[self.world.rank], self.world.bulk)
+            works.append(dist.all_gather(parts, parts[self.world.rank], self.world.bulk, async_op=True))
+        what = self._describe(Request(Want.GATHER, chunk.index, 0, 0))
+        return [_Gathering(works, lambda: self._guarded(what))]
 
     def _read(self, chunk: Chunk, ranks: list[int], what: int, into: torch.Tensor | None) -> None:
         entry = chunk.layout.entries[what >> 33]
@@ -347,7 +337,7 @@ class RankExchange(Exchange):
             left, right = max(entry.offset, shard.start), min(entry.stop, shard.stop)
             if left >= right:
                 continue
-            part = torch.zeros(right - left, dtype=_wire_dtype(chunk, key))
+            part = torch.zeros(right - left, dtype=wire_dtype(chunk, key))
             if owner == self.world.rank and (key is None or all(key in s.companions for s in chunk.segments)):
                 part.copy_(chunk.own_part(entry, key))
             self._pass_on(part, owner, ranks)
@@ -370,81 +360,11 @@ class RankExchange(Exchange):
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def _reduce(self, chunk: Chunk, ranks: list[int], runs: Sequence[Run]) -> None:
-        """The mean over all ranks of what these ranks send (nothing from the others), added to the owners' sums.
-
-        Terms are added in fp32 and in the order of ranks, so sums are the same from run to run, and fp16 gradients
-        cannot overflow in them. Each element crosses the wire once, in its own dtype.
-        """
-        sums_dtype = self._reduce_dtype or torch.float32
-        chunk.reserve_sums(sums_dtype)
-        # Together over the fast links between devices, apart through host memory.
-        device = self._device.torch_device if len(ranks) == self.world.size else torch.device("cpu")
-        wire_dtype = self._reduce_dtype or chunk.layout.dtype
-        step = self._staging_numel(wire_dtype)
-        for start in range(0, chunk.shard.numel, step):
-            numel = min(step, chunk.shard.numel - start)
-            parts = self._parts(chunk, runs, start, numel, wire_dtype, device)
-            total = self._sum(parts, ranks, numel, wire_dtype, device).div_(self.world.size)
-            chunk.add_sums(chunk.shard.start + start, total.to(sums_dtype).to(self._device.torch_device))
-        chunk.has_sums = True
-
-    def _staging_numel(self, dtype: torch.dtype) -> int:
-        """Elements of a shard that are exchanged at a time: what is received lies beside the gathered copy."""
-        staging_bytes = _MOST_STAGING_BYTES_ON_HOST if self._device.is_host else _MOST_STAGING_BYTES
-        most_bytes = min(staging_bytes, max(1 << 14, self._device.capacity_bytes // 64))
-        most_numel = most_bytes // (dtype.itemsize * self.world.size)
-        return max(ALIGN_NUMEL, most_numel - most_numel % ALIGN_NUMEL)
-
-    def _parts(
-        self, chunk: Chunk, runs: Sequence[Run], start: int, numel: int, dtype: torch.dtype, device: torch.device
-    ) -> list[torch.Tensor]:
-        """What this rank sends to each owner: ``numel`` elements of its shard from ``start`` on; zero where it has none.
-
-        Where all of them lie side by side they are sent from where they are.
-        """
-        parts = []
-        for owner in range(self.world.size):
-            first = self.division.shard_of(chunk.layout, owner).start + start
-            whole = [v[first - at : first - at + numel] for at, v in runs if at <= first <= at + v.numel() - numel]
-            if whole and whole[0].dtype == dtype and whole[0].device == device:
-                parts.append(whole[0])
-                continue
-            part = torch.zeros(numel, dtype=dtype, device=device)
-            for at, values in runs:
-                left, right = max(at, first), min(at + values.numel(), first + numel)
-                if left < right:
-                    part[left - first : right - first].copy_(values[left - at : right - at])
-            parts.append(part)
-        return parts
-
-    def _sum(
-        self, parts: list[torch.Tensor], ranks: list[int], numel: int, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
+        """The mean over all ranks of what these ranks send (nothing from the others), added to the owners' sums."""
         if len(ranks) == self.world.size:
-            self._device.exchanges((self.world.size - 1) * numel * dtype.itemsize)
-            received = [torch.empty(numel, dtype=dtype, device=device) for _ in parts]
-            all_to_all(received, parts, self.world.bulk)
-            total = received[0].float()
-            for part in received[1:]:
-                total += part
-            return total
-        total = torch.zeros(numel, dtype=torch.float32, device=device)
-        landing = torch.empty(numel, dtype=dtype)
-        for sender in ranks:
-            if self.world.rank != sender:
-                dist.recv(landing, sender, self.world.control)
-                total += landing
-                continue
-            for owner in range(self.world.size):
-                if owner != sender:
-                    dist.send(parts[owner], owner, self.world.control)
-            total += parts[sender]
-        return total
-
-
-def _wire_dtype(chunk: Chunk, key: str | None) -> torch.dtype:
-    """Of a value or companion between ranks; fp32 holds every companion exactly."""
-    return chunk.layout.dtype if key is None else torch.float32
+            self._reducer.together(chunk, runs)
+        else:
+            self._reducer.apart(chunk, ranks, runs)
 
 
 def _companion(chunk: Chunk, number: int) -> str | None:
