@@ -157,13 +157,11 @@ def what_happens() -> list[str]:
 
     def begin_gather(self: Any, chunk: Any) -> Any:
         said.append(f"gather {chunk.layout.unit_name}")
-        pending = begin(self, chunk)
-        pending[0].name = chunk.layout.unit_name
-        return pending
+        return begin(self, chunk)
 
     def waited(self: Any) -> None:
         if self._works:
-            said.append(f"wait {self.name}")
+            said.append(f"wait {self.chunk.layout.unit_name}")
         wait(self)
 
     def reduced(self: Any, chunk: Any, runs: Any) -> None:

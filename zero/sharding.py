@@ -17,6 +17,7 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import IntEnum, unique
 
 import torch
@@ -65,6 +66,7 @@ class Request:
         return (self.want, self.chunk, self.what) == (other.want, other.chunk, other.what)
 
 
+_END_OF_BROKEN = timedelta(seconds=1)
 _WORDS = 4
 _VERBS = (
     *("step()", "skip_step()", "zero_grad()", "save_pretrained()", "close()", "evaluation", "looking at gradients"),
@@ -82,23 +84,20 @@ class _Gathering(Pending):
     """What others own is coming into a chunk's buffer.
 
     Args:
-        works: collectives that have begun.
-        guarded: around the waiting.
+        exchange: that has begun it.
+        chunk: whose buffer it is.
+        works: collectives.
     """
 
-    def __init__(
-        self, works: Sequence[Pending], guarded: Callable[[], contextlib.AbstractContextManager[None]]
-    ) -> None:
+    def __init__(self, exchange: RankExchange, chunk: Chunk, works: Sequence[dist.Work]) -> None:
+        self._exchange = exchange
+        self.chunk = chunk
         self._works = list(works)
-        self._guarded = guarded
 
     def wait(self) -> None:
         """It is there afterwards. A second time nothing is waited for, whatever became of the first."""
         works, self._works = self._works, []
-        if works:
-            with self._guarded():
-                for work in works:
-                    work.wait()
+        self._exchange.end_gather(self.chunk, works)
 
 
 class RankExchange(Exchange):
@@ -320,14 +319,24 @@ class RankExchange(Exchange):
         if not self._device.is_host:
             all_gather(buffer, buffer[shard.start : shard.stop], self.world.bulk)
             return []
-        works: list[Pending] = []
+        works = []
         step = staging_numel(self._device, buffer.dtype, self.world.size)  # gloo gathers into a buffer of its own first
         for start in range(0, shard.numel, step):
             numel = min(step, shard.numel - start)
             parts = [buffer[first : first + numel] for first in range(start, buffer.numel(), shard.numel)]
             works.append(dist.all_gather(parts, parts[self.world.rank], self.world.bulk, async_op=True))
-        what = self._describe(Request(Want.GATHER, chunk.index, 0, 0))
-        return [_Gathering(works, lambda: self._guarded(what))]
+        return [_Gathering(self, chunk, works)]
+
+    def end_gather(self, chunk: Chunk, works: Sequence[dist.Work]) -> None:
+        """Waits for collectives. After an exchange that failed only so long that they fail, too: the buffer goes."""
+        if self._is_broken:
+            for work in works:
+                with contextlib.suppress(Exception):
+                    work.wait(_END_OF_BROKEN)
+            return
+        with self._guarded(self._describe(Request(Want.GATHER, chunk.index, 0, 0))):
+            for work in works:
+                work.wait()
 
     def _read(self, chunk: Chunk, ranks: list[int], what: int, into: torch.Tensor | None) -> None:
         entry = chunk.layout.entries[what >> 33]
