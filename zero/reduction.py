@@ -29,8 +29,8 @@ _MOST_STAGING_BYTES = 16 << 20
 _MOST_STAGING_BYTES_ON_HOST = 2 << 20
 """So little that even the sums in fp32, and what gloo copies to inside, need no mapping of their own: a fresh one for each
 piece was measured to double a step's seconds in the kernel (see :func:`gemini.heap.begin_tidy`)."""
-_MOST_ON_WAY_ON_HOST = 4
-"""Pieces. What is sent of them is a copy, since the slot that it comes from goes: a few MiB a rank."""
+_MOST_ON_WAY_ON_HOST = 2
+"""Pieces. What is sent of them is a copy, since the slot that it comes from goes: a few MiB a rank. More were no faster."""
 
 
 def staging_numel(device: Device, dtype: torch.dtype, num_ranks: int) -> int:
