@@ -158,8 +158,9 @@ class Device(ABC):
         """
         self._before_change()
         storage = buffer.untyped_storage()
-        self._count_model_data(-storage.nbytes())
+        num_bytes = storage.nbytes()
         storage.resize_(0)
+        self._count_model_data(-num_bytes)  # once it is gone: else the next window would hold it as non-model data
 
     def forget(self, buffer: torch.Tensor) -> None:
         """Counts a buffer as gone; its memory goes with the last reference to it.

@@ -1,6 +1,8 @@
-"""The real device's figures, with an allocator that only counts in place of an accelerator's."""
+"""The real device's figures, with host memory that is counted in place of an accelerator's allocator."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemini.accelerator import AcceleratorDevice
-from gemini.device import Device
 
 
 class Allocator:
-    """What ``torch.accelerator`` tells of memory: bytes now, and the highest since the last reset."""
+    """What ``torch.accelerator`` tells of memory: bytes now, and the highest since the last reset, as they come and go."""
 
     def __init__(self) -> None:
         self.allocated_bytes = 0
@@ -43,13 +44,19 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
     }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.accelerator, name, answer)
-    count = Device._count_model_data
+    empty, resize = torch.empty, torch.UntypedStorage.resize_
 
-    def counted(self: Device, delta_bytes: int) -> None:
-        made.add(delta_bytes)  # the memory came or went just before
-        count(self, delta_bytes)
+    def counted_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        buffer = empty(*args, **kwargs)
+        made.add(buffer.nbytes)
+        return buffer
 
-    monkeypatch.setattr(Device, "_count_model_data", counted)
+    def counted_resize(storage: torch.UntypedStorage, num_bytes: int) -> Any:
+        made.add(num_bytes - storage.nbytes())
+        return resize(storage, num_bytes)
+
+    monkeypatch.setattr(torch, "empty", counted_empty)
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", counted_resize)
     return made
 
 
@@ -77,6 +84,7 @@ def test_peaks_that_do_not_coincide_are_told_apart(allocator: Allocator) -> None
     assert (memory.peak_bytes, memory.non_model_peak_bytes) == (110, 80)
     assert (memory.model_data_bytes, memory.non_model_bytes) == (20, 0)
     device.forget(chunk)
+    allocator.add(-20)  # the last reference is gone
     device.reset_peaks()
     assert device.memory().peak_bytes == device.memory().non_model_peak_bytes == 0
     assert device.lifetime_peaks().device_bytes == 110
