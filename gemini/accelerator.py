@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gemini.device import Device, DeviceMemory, Event, Pending, Stream
 from gemini.work import CountingMode
@@ -150,6 +151,10 @@ class AcceleratorDevice(Device):
     def activity(self) -> contextlib.AbstractContextManager[Any]:
         """Operators inside are counted where that was asked for; memory is the allocator's to count."""
         return CountingMode(self.work) if self.counts_work else contextlib.nullcontext()
+
+    def bookkeeping(self) -> contextlib.AbstractContextManager[Any]:
+        """Operators inside are no work of the model: the time model has copies of its own."""
+        return _disable_current_modes() if self.counts_work else contextlib.nullcontext()
 
     def register_host_memory(self, address: int, num_bytes: int) -> bool:
         """Pins with cudaHostRegister: exact bytes, where torch's pinned allocator rounds up to a power of two."""

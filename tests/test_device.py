@@ -91,6 +91,20 @@ def test_peaks_that_do_not_coincide_are_told_apart(allocator: Allocator) -> None
     assert device.lifetime_peaks().non_model_bytes == 80
 
 
+def test_copies_of_the_manager_are_no_work_of_the_model(allocator: Allocator) -> None:
+    device = AcceleratorDevice()
+    ones = torch.ones(8)
+    device.counts_work = True
+    with device.activity():
+        ones.add_(1)
+        with device.bookkeeping():
+            ones.add_(1)
+            ones.copy_(torch.zeros(8))
+        ones.add_(1)
+    assert device.work.num_ops == 2
+    assert device.work.traffic_bytes == 2 * 2 * ones.nbytes
+
+
 @given(events=st.lists(st.tuples(st.sampled_from(["chunk", "activation", "window"]), st.integers(1, 50)), max_size=40))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_figures_of_any_history_are_exact(allocator: Allocator, events: list[tuple[str, int]]) -> None:
