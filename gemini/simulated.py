@@ -14,7 +14,7 @@ import contextlib
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -166,10 +166,7 @@ class SimulatedDevice(Device):
     def something_was_queued(self) -> None:
         """Lets queued copies run, as the order has it."""
         if self._order is StreamOrder.IMMEDIATE:
-            self.synchronize()
-            for queue in self._queues:
-                while queue.num_pending:
-                    queue.run_one()
+            self._run_all([*self._streams, *self._queues])
         elif self._order is StreamOrder.RANDOM:
             while self._random.random() < 0.5:
                 queues: list[SimulatedStream | SimulatedQueue] = [*self._streams, *self._queues]
@@ -177,6 +174,13 @@ class SimulatedDevice(Device):
                 if not pending:
                     return
                 self._random.choice(pending).run_one()
+
+    @staticmethod
+    def _run_all(queues: Sequence[SimulatedStream | SimulatedQueue]) -> None:
+        """In real time; the program's own clock stands still."""
+        for queue in queues:
+            while queue.num_pending:
+                queue.run_one()
 
     def host_queue(self, num_workers: int | None) -> HostQueue:
         """Jobs run like copies: when the stream order says so, unless a number of threads was asked for."""
@@ -196,9 +200,7 @@ class SimulatedDevice(Device):
 
     def synchronize(self) -> None:
         """Runs everything queued."""
-        for stream in self._streams:
-            while stream.num_pending:
-                stream.run_one()
+        self._run_all(self._streams)
         if self.clock is not None:
             self.clock.wait(max([self.clock.compute_s, *(stream.done_s for stream in self._streams)]))
 

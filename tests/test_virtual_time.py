@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gemini.device import HostDevice
 from gemini.profile import NAMED, HardwareProfile, HostUpdate
-from gemini.simulated import SimulatedDevice
+from gemini.simulated import SimulatedDevice, StreamOrder
 from gemini.work import CountingMode, Work
 from zero.config.loading import load_config
 from zero.planning import plan_run
@@ -92,6 +92,21 @@ class TestDevice:
         assert device.clock.host_s < 1.0, "the program has not waited"
         device.synchronize()
         assert device.clock.host_s == pytest.approx(20.0, rel=1e-6)
+        device.give_back(buffer)
+        device.close()
+
+    @pytest.mark.parametrize("order", list(StreamOrder))
+    def test_when_copies_really_run_changes_no_virtual_time(self, order: StreamOrder) -> None:
+        profile = HardwareProfile(h2d_bytes_per_s=100.0, both_bytes_per_s=100.0, launch_s=0.0)
+        device = SimulatedDevice(1 << 20, order, profile=profile)
+        assert device.clock is not None
+        buffer, stream = device.allocate(100, torch.float32), device.stream("in")
+        for _ in range(3):
+            stream.copy(buffer, torch.ones(100))
+        assert device.clock.host_s == 0.0, "the program has queued copies, not waited for them"
+        stream.record().synchronize()
+        assert device.clock.host_s == pytest.approx(12.0, rel=1e-6)
+        assert torch.equal(buffer, torch.ones(100))
         device.give_back(buffer)
         device.close()
 
