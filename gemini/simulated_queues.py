@@ -47,6 +47,7 @@ class SimulatedEvent(Event):
     def run(self) -> None:
         """The same, while the program does not wait."""
         self._stream.run_until(self._position)
+        self._stream.require_whole(self._position)
 
     def wait_beside(self) -> None:
         """Runs the queue; the program's clock stands still."""
@@ -70,6 +71,8 @@ class SimulatedStream(Stream):
         self._num_queued = 0
         self._num_run = 0
         self._last_exchange = 0  # its place in the queue
+        # The first computation that broke off: the position after it, and why.
+        self._broken: tuple[int, BaseException] | None = None
         # Updates on threads wait for gradients that the program queued.
         self._lock = threading.RLock()
 
@@ -139,16 +142,41 @@ class SimulatedStream(Stream):
         return self._done_s
 
     def run_until(self, position: int) -> None:
-        """Runs queued copies, oldest first, up to ``position``."""
+        """Runs what is queued, oldest first, up to ``position``."""
         with self._lock:
             while self._num_run < position:
-                queued = self._queue.popleft()
-                self._num_run += 1
+                self._run_first()
+
+    def _run_first(self) -> None:
+        """Runs the oldest. A copy that is interrupted stays to be made; computation is not repeated, for nobody knows how
+        far it came."""
+        queued = self._queue[0]
+        if callable(queued):
+            self._pass_first()
+            try:
                 with unwatched():
-                    if callable(queued):
-                        queued()
-                    elif queued is not None:
-                        queued[0].copy_(queued[1])
+                    queued()
+            except BaseException as error:
+                self._broken = self._broken or (self._num_run, error)
+                raise
+            return
+        if queued is not None:
+            with unwatched():
+                queued[0].copy_(queued[1])
+        self._pass_first()
+
+    def _pass_first(self) -> None:
+        self._queue.popleft()
+        self._num_run += 1
+
+    def require_whole(self, position: int) -> None:
+        """Refuses to go on from what was queued before ``position`` as though all of it had run.
+
+        Raises:
+            RuntimeError: some of it broke off.
+        """
+        if self._broken is not None and self._broken[0] <= position:
+            raise RuntimeError("computation on a stream of the simulated device broke off") from self._broken[1]
 
     @property
     def num_pending(self) -> int:
@@ -156,8 +184,10 @@ class SimulatedStream(Stream):
         return len(self._queue)
 
     def run_one(self) -> None:
-        """Runs the oldest pending copy."""
-        self.run_until(self._num_run + 1)
+        """Runs the oldest pending copy, unless another thread has run the last one meanwhile."""
+        with self._lock:
+            if self._queue:
+                self._run_first()
 
     def part_with(self, buffer: torch.Tensor) -> None:
         """Memory goes while copies of it are queued.
@@ -193,7 +223,7 @@ class _SimulatedJob(Job):
         return self._work is None if clock is None else self._done_s <= clock.host_s
 
     def run(self) -> None:
-        """Runs the work; its error is for those who wait."""
+        """Runs the work; its error is for those who wait, an interrupt for whoever runs it as well."""
         work, self._work = self._work, None
         if work is None:
             return
@@ -202,6 +232,9 @@ class _SimulatedJob(Job):
                 work()
         except Exception as error:
             self._error = error
+        except BaseException:
+            self._error = RuntimeError("a job on the host was interrupted: nobody knows how far it came")
+            raise
 
     def wait(self) -> None:
         """Runs this job, if it has not run, and no other: who waits for one must not rely on those before it."""

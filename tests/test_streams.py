@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -241,6 +242,57 @@ def test_memory_given_back_under_a_queued_copy(device: SimulatedDevice) -> None:
     assert landing.tolist() == [5.0, 5.0]
     assert later.tolist() == [1.0, 1.0]
     assert buffer.untyped_storage().nbytes() == 0
+
+
+def test_a_queue_that_another_thread_has_emptied_meanwhile(device: SimulatedDevice) -> None:
+    stream = device.stream("out")
+    landing = torch.zeros(2)
+    stream.copy(landing, torch.ones(2))
+    event = stream.record()
+    thread = threading.Thread(target=event.wait_beside)
+    thread.start()
+    thread.join()
+    assert isinstance(stream, SimulatedStream)
+    stream.run_one()  # the program had seen that something was pending
+    assert event.is_done
+    assert landing.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_computation_that_broke_off_is_told_to_everyone_who_waits(
+    error: type[BaseException], device: SimulatedDevice
+) -> None:
+    stream = device.stream("update")
+    before, calls = stream.record(), []
+
+    def work() -> None:
+        calls.append(1)
+        raise error
+
+    stream.run(work, 1)
+    after = stream.record()
+    with pytest.raises(error):
+        after.synchronize()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="broke off"):
+            after.synchronize()
+    before.synchronize()
+    device.synchronize()
+    assert calls == [1], "it is not begun anew: nobody knows how far it came"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_job_that_broke_off_is_told_to_everyone_who_waits(
+    error: type[BaseException], device: SimulatedDevice
+) -> None:
+    def work() -> None:
+        raise error
+
+    job = device.host_queue(None).submit(work)
+    with pytest.raises(error):
+        job.wait()
+    with pytest.raises((ValueError, RuntimeError)):
+        job.wait()
 
 
 def test_random_orders_differ_and_repeat(device: SimulatedDevice) -> None:
