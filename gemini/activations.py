@@ -22,7 +22,7 @@ class _Slot:
 
     buffer: torch.Tensor
     free_after: Event | None = None
-    """Recorded by the stream that brings its last contents back: until then they are read."""
+    """Recorded by the stream that has carried its contents last, out or back: until then they are written or read."""
     num_pass: int = 0
     """In which it was used last."""
 
@@ -45,6 +45,7 @@ class SavedOnHost:
         # Recorded by the stream that carries it out, and waited for at the next one, so that the program does not run
         # ahead of the copies: until then the allocator keeps the tensor's memory.
         self._gone = owner.transfer.activation_out(self._slot.buffer, saved.detach().view(-1))
+        self._slot.free_after = self._gone  # nobody may ever ask for it back
         owner.transfer.device.work.saved_bytes += saved.nbytes
         self._back: tuple[torch.Tensor, Event] | None = None
 

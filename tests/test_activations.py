@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from memory_case import equal_chunks
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import zero
+from gemini.activations import Activations
 from gemini.store import Kind, Tier
 from zero.engine import Engine
 
@@ -97,6 +99,23 @@ def test_host_buffers_are_used_again_and_go_with_the_batch_that_needed_them() ->
     assert held[3] == held[1] // 2
     engine.close()
     assert store.bytes_by[Tier.HOST, Kind.ACTIVATIONS] == 0
+
+
+def test_a_host_buffer_does_not_go_while_a_copy_to_it_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = equal_chunks(1)
+    activations = Activations(house.store, house.transfer, least_bytes=0)
+    free, num_pending = house.store.free, []
+
+    def noted(*args: Any) -> None:
+        num_pending.append(sum(stream.num_pending for stream in house.device._streams))
+        free(*args)
+
+    monkeypatch.setattr(house.store, "free", noted)
+    activations.begin_pass()
+    on_host = activations.put(torch.ones(64))
+    del on_host  # its graph was dropped: nobody will go back through it
+    activations.clear()
+    assert num_pending == [0]
 
 
 def test_a_graph_that_is_dropped_or_walked_twice() -> None:
