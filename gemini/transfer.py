@@ -63,11 +63,13 @@ class Arrival:
         self._event.synchronize()
         # Both are let go first: whoever still has this object does not keep their memory.
         (landing, target), self._buffers = self._buffers, None
-        if self._add:
-            target.add_(landing)
-        elif landing is not target:
-            target.copy_(landing)
-        self._settled(self)
+        try:
+            if self._add:
+                target.add_(landing)
+            elif landing is not target:
+                target.copy_(landing)
+        finally:
+            self._settled(self)  # after an interrupt, too: it is on its way no more
 
 
 class Transfer:

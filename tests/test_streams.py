@@ -258,6 +258,22 @@ def test_a_queue_that_another_thread_has_emptied_meanwhile(device: SimulatedDevi
     assert landing.tolist() == [1.0, 1.0]
 
 
+def test_a_gradient_whose_sum_breaks_off_keeps_nobody_waiting(device: SimulatedDevice) -> None:
+    transfer = Transfer(device)
+    arrival = transfer.gradient_out(torch.zeros(3), torch.ones(2), Tier.HOST, add=True)
+    assert arrival is not None
+    with pytest.raises(RuntimeError, match="size"):
+        arrival.settle()
+    assert not transfer._on_way, "what is too much on its way would be waited for without end"
+    device.most_bytes_on_way = 0
+    target = torch.zeros(2)
+    later = transfer.gradient_out(target, torch.ones(2), Tier.HOST, add=True)
+    assert later is not None
+    assert later.is_settled
+    arrival.settle()
+    assert target.tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_computation_that_broke_off_is_told_to_everyone_who_waits(
     error: type[BaseException], device: SimulatedDevice
