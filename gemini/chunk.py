@@ -78,7 +78,7 @@ class Chunk(Holdings):
 
     @property
     def numel(self) -> int:
-        """Number of elements of all parameters."""
+        """Number of elements of all parameters, and of what aligns them."""
         return self.layout.numel
 
     @property
@@ -286,7 +286,7 @@ class Chunk(Holdings):
         self._exchange.before_forgetting()
 
     def deliver(self, tensor: ChunkTensor, gradient: torch.Tensor) -> None:
-        """Sends a gradient straight to its owner, without a slot (the chunk is free, or resident)."""
+        """Sends a gradient straight to its owner, without a slot: the chunk is free or resident, or the slot is taken."""
         with torch.no_grad():
             flat = flat_gradient(gradient, tensor.entry.spec)
             self.deliver_all({tensor: flat})

@@ -382,7 +382,7 @@ class HostDevice(Device):
             super().take_again(buffer, numel)
 
     def close(self) -> None:
-        """The heap is as it was before the first buffer."""
+        """Computation's own large blocks are the heap's again."""
         if self._is_tidy:
             self._is_tidy = False
             end_tidy()

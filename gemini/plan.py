@@ -68,7 +68,7 @@ class ChunkFacts:
         return HostUpdate(numel, per_numel, self.update_speed, disk_bytes)
 
     def overwritten_bytes(self, placement: Placement) -> int:
-        """On the host or on disk by an update on the host."""
+        """Bytes on the host, or on disk, that an update on the host overwrites."""
         numel = self.numel - placement.companion_numel
         values = (
             numel if self.master_is_values else self.numel - max(placement.resident_numel, placement.companion_numel)

@@ -21,7 +21,8 @@ from gemini.trace import NextUse, Trace
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Fractions of ``static`` that are always among the points tried."""
-_MOST_COUNTS = 40
+_ENOUGH_COUNTS = 40
+"""Borders between chunks that are tried in each direction, where there are as many; fewer than twice as many."""
 DEPTHS = (0, 1, 2, 3, 4)
 """Moments ahead of which chunks are fetched, as far as they are tried."""
 _FEW = 400
@@ -423,6 +424,6 @@ def _near(numel: int, stride: int, borders: list[int]) -> list[int]:
 
 
 def _some(borders: list[int]) -> list[int]:
-    """At most about 40 of the borders between chunks, the first and the last among them."""
+    """:data:`_ENOUGH_COUNTS` of the borders between chunks or more, evenly spread, the first and the last among them."""
     different = sorted(set(borders))
-    return sorted({*different[:: max(1, len(different) // _MOST_COUNTS)], different[-1]})
+    return sorted({*different[:: max(1, len(different) // _ENOUGH_COUNTS)], different[-1]})
