@@ -13,6 +13,7 @@ from gemini.layout import ChunkLayout
 from gemini.profile import HostUpdate
 from gemini.segment import Homes, Placement
 from gemini.store import Tier
+from gemini.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -259,8 +260,6 @@ class DoesNotFitError(ValueError):
         super().__init__(self._text())
 
     def _text(self) -> str:
-        from gemini.units import format_bytes
-
         width = max((len(what) for what, _, _, _ in self.rows), default=0)
         table = "\n".join(
             f"  {what:<{width}}  {tier:<6}  {format_bytes(num_bytes):>10}  {note}"

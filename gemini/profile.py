@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gemini.units import parse_bytes
 
@@ -113,25 +113,6 @@ class HardwareProfile:
         return products_s + traffic_bytes / self.device_bytes_per_s
 
 
-INSTANT = HardwareProfile(
-    name="instant",
-    source="nothing takes any time",
-    h2d_bytes_per_s=math.inf,
-    d2h_bytes_per_s=math.inf,
-    both_bytes_per_s=math.inf,
-    host_dram_bytes_per_s=math.inf,
-    host_update_numel_per_s=math.inf,
-    device_update_numel_per_s=math.inf,
-    device_flops_per_s=math.inf,
-    device_fp32_flops_per_s=math.inf,
-    device_bytes_per_s=math.inf,
-    launch_s=0.0,
-    disk_read_bytes_per_s=math.inf,
-    disk_write_bytes_per_s=math.inf,
-    rank_link_bytes_per_s=math.inf,
-)
-"""A machine on which every copy and update is over as soon as it is queued."""
-
 # What matrix products, memory and links reach of the figures on data sheets in long-running training.
 _PRODUCTS, _MEMORY, _LINK, _BOTH = 0.7, 0.8, 0.8, 0.85
 _LINK_BYTES_PER_S = {"PCIe 3 x16": 15.75e9, "PCIe 4 x8": 15.75e9, "PCIe 4 x16": 31.5e9, "PCIe 5 x16": 63e9}
@@ -212,8 +193,3 @@ def neighbours(profile: HardwareProfile) -> tuple[HardwareProfile | None, Hardwa
     smaller = [card for card in others if card.capacity_bytes < profile.capacity_bytes]
     larger = [card for card in others if card.capacity_bytes > profile.capacity_bytes]
     return (smaller[-1] if smaller else None), (larger[0] if larger else None)
-
-
-def with_capacity(profile: HardwareProfile, capacity_bytes: int) -> HardwareProfile:
-    """The same rates on a device of another capacity."""
-    return replace(profile, capacity_bytes=capacity_bytes)

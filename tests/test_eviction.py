@@ -7,12 +7,12 @@ from itertools import combinations
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from instant import INSTANT
 from memory_case import House, build, close, equal_chunks, spec, trace_of
 from pass_case import Driver, Pass, Step, fill_states, passes
 
 from gemini.plan import ChunkFacts, Plan
 from gemini.policy import Policy
-from gemini.profile import INSTANT
 from gemini.segment import Placement
 from gemini.timeline import replay, with_prediction
 from gemini.trace import NextUse

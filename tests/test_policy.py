@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from instant import INSTANT
 from memory_case import trace_of
 
 from gemini.plan import ChunkFacts, DoesNotFitError, Plan, persistent_bytes
 from gemini.policy import POLICIES, Policy, does_not_fit, least_capacity_bytes
-from gemini.profile import INSTANT, HardwareProfile
+from gemini.profile import HardwareProfile
 from gemini.search import DEPTHS, FRACTIONS, static_placements
 from gemini.segment import Placement
 from gemini.timeline import replay, required_bytes

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from instant import INSTANT
 from memory_case import trace_of
 
 from gemini.clock import COMPUTE, IN, ISSUE, LANES, OUT, UPDATE, WAIT, Clock
 from gemini.plan import ChunkFacts
-from gemini.profile import INSTANT, HardwareProfile, HostUpdate
+from gemini.profile import HardwareProfile, HostUpdate
 from gemini.schedule import Run, moment_work
 from gemini.segment import Placement
 from gemini.timeline import replay

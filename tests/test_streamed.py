@@ -14,13 +14,14 @@ import torch
 from gemini.clock import IN, OUT
 from gemini.plan import ChunkFacts, Plan
 from gemini.policy import Policy
-from gemini.profile import INSTANT, NAMED, HardwareProfile
+from gemini.profile import NAMED, HardwareProfile
 from gemini.segment import Placement
 from gemini.simulated import SimulatedDevice
 from gemini.streamed import NUM_LANES, StreamedUpdates, streamed_bytes
 from gemini.timeline import replay, required_bytes
 from gemini.trace import Moment, Trace
 from tests.engine_models import batches, recipe
+from tests.instant import INSTANT
 from tests.ranks import run_ranks
 from tests.reference import (
     Recipe,
