@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -280,27 +281,30 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _kept(path: Path) -> dict[str, Any]:
+    """Figures by key as they are in a file; none where there is no file of this format."""
+    try:
+        kept = json.loads(path.read_text())
+        return dict(kept["machines"]) if kept["format"] == _FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def cached_profile(key: str, path: Path | None = None) -> HardwareProfile | None:
     """What was measured before for a key; None where nothing was, or where the file is damaged."""
     try:
-        entry = json.loads((path or cache_path()).read_text())["machines"][key]
-        profile = HardwareProfile(**entry)
+        profile = HardwareProfile(**_kept(path or cache_path())[key])
         figures = [getattr(profile, field.name) for field in dataclasses.fields(profile) if field.type == "float"]
         is_sound = profile.measured is True and all(math.isfinite(figure) and figure > 0 for figure in figures)
         return profile if is_sound else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError, OverflowError):
         return None
 
 
 def keep_profile(key: str, profile: HardwareProfile, path: Path | None = None) -> None:
     """Keeps what was measured; a folder that cannot be written to only means that it is measured again."""
     path = path or cache_path()
-    try:
-        known = json.loads(path.read_text())["machines"]
-        machines = dict(known)
-    except (OSError, ValueError, KeyError, TypeError):
-        machines = {}
-    machines[key] = dataclasses.asdict(profile)
+    machines = {**_kept(path), key: dataclasses.asdict(profile)}
     written = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,27 +313,3 @@ def keep_profile(key: str, profile: HardwareProfile, path: Path | None = None) -
     except OSError:
         with contextlib.suppress(OSError):
             written.unlink(missing_ok=True)
-
-
-def probed_profile(
-    device: Device,
-    update: Update | None = None,
-    note: str = "",
-    meet: Callable[[], None] | None = None,
-    again: bool = False,
-) -> HardwareProfile:
-    """What this machine can do: measured before, or now.
-
-    Args:
-        device: to be measured.
-        update: as in :func:`probe`.
-        note: as in :func:`machine_key`.
-        meet: as in :func:`probe`; where processes measure together, all must find the same in the cache.
-        again: measure now, whatever is known.
-    """
-    key = machine_key(device, note)
-    found = None if again else cached_profile(key)
-    if found is None:
-        found = probe(device, update, meet)
-        keep_profile(key, found)
-    return found

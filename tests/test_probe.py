@@ -12,7 +12,7 @@ import torch
 from ranks import run_ranks
 
 from gemini.device import HostDevice
-from gemini.probe import cache_path, cached_profile, keep_profile, machine_key, probe, probed_profile
+from gemini.probe import cache_path, cached_profile, keep_profile, machine_key, probe
 from gemini.profile import NAMED, HardwareProfile, named_profile, neighbours
 from gemini.simulated import SimulatedDevice, StreamOrder
 from zero.cli.main import main
@@ -87,13 +87,13 @@ class TestProbe:
 
 
 class TestCache:
-    def test_what_was_measured_is_known_the_next_time(self) -> None:
+    def test_what_was_measured_is_known_the_next_time(self, tmp_path: Path) -> None:
         device = HostDevice()
-        first = probed_profile(device)
-        assert probed_profile(device) == first
-        assert list(json.loads(cache_path().read_text())["machines"]) == [machine_key(device)]
-        assert probed_profile(device, note="4 together") != first
-        assert probed_profile(device) == first
+        first = measured_profile(device)
+        assert measured_profile(device) == first
+        assert list(json.loads(cache_path().read_text())["machines"]) == [machine_key(device, "1 together")]
+        assert measured_profile(device, disk=str(tmp_path)) != first
+        assert measured_profile(device) == first
 
     def test_another_number_of_threads_is_another_machine(self) -> None:
         device = HostDevice()
@@ -108,12 +108,15 @@ class TestCache:
             "{",
             "[]",
             '"machines"',
-            '{"machines": 3}',
-            '{"machines": {"KEY": 7}}',
-            '{"machines": {"KEY": {}}}',
-            '{"machines": {"KEY": {"measured": true, "h2d_bytes_per_s": -1}}}',
-            '{"machines": {"KEY": {"measured": true, "h2d_bytes_per_s": "fast"}}}',
-            '{"machines": {"KEY": {"measured": true, "no_such_rate": 1.0}}}',
+            '{"format": 1, "machines": 3}',
+            '{"format": 1, "machines": {"KEY": 7}}',
+            '{"format": 1, "machines": {"KEY": {}}}',
+            '{"format": 1, "machines": {"KEY": {"measured": true, "h2d_bytes_per_s": -1}}}',
+            '{"format": 1, "machines": {"KEY": {"measured": true, "h2d_bytes_per_s": 1' + 400 * "0" + "}}}",
+            '{"format": 2, "machines": {"KEY": {"measured": true}}}',
+            '{"machines": {"KEY": {"measured": true}}}',
+            '{"format": 1, "machines": {"KEY": {"measured": true, "h2d_bytes_per_s": "fast"}}}',
+            '{"format": 1, "machines": {"KEY": {"measured": true, "no_such_rate": 1.0}}}',
             "\\u0000\\ud800",
         ],
     )
