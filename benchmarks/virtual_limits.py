@@ -25,7 +25,7 @@ import torch
 from gemini.clock import COMPUTE, IN, OUT, UPDATE
 from gemini.plan import ChunkFacts
 from gemini.profile import NAMED, HardwareProfile
-from gemini.schedule import moment_work
+from gemini.schedule import moment_costs
 from gemini.search import Search, static_placements
 from gemini.timeline import required_bytes
 from gemini.trace import Trace
@@ -123,8 +123,8 @@ def measure(
     found = search.prediction
     busy_s = {lane: found.busy_s[lane] for lane in _RESOURCES}
     slowest = max(_RESOURCES, key=lambda lane: busy_s[lane])
-    works = zip(moment_work(facts, trace, profile), trace.moments, strict=True)
-    backward_s = sum(work.duration_s for work, moment in works if moment.phase == "backward")
+    costs = zip(moment_costs(facts, trace, profile), trace.moments, strict=True)
+    backward_s = sum(cost.duration_s for cost, moment in costs if moment.phase == "backward")
     statics = list(_static_times(facts, trace, profile, capacity_bytes, random.Random(seed)))
     numel = sum(fact.numel for fact in facts)
     return Row(

@@ -34,8 +34,8 @@ _ADDED_BYTES_PER_NUMEL = 10
 
 
 @dataclass(frozen=True)
-class Work:
-    """One moment's computation.
+class Cost:
+    """What one moment's computation takes.
 
     Attributes:
         duration_s: on the device.
@@ -46,34 +46,34 @@ class Work:
     num_ops: int
 
 
-def moment_work(facts: list[ChunkFacts], trace: Trace, profile: HardwareProfile) -> list[Work]:
+def moment_costs(facts: list[ChunkFacts], trace: Trace, profile: HardwareProfile) -> list[Cost]:
     """What each moment of a trace costs, from its operators; where nobody counted them, from what it reads."""
     counted = {phase: any(m.num_ops for m in trace.moments if m.phase == phase) for phase in ("forward", "backward")}
     forward = {moment.label: moment for moment in trace.moments if moment.phase == "forward"}
-    works = []
+    costs = []
     for moment in trace.moments:
         if counted.get(moment.phase, True):
-            works.append(_counted(moment, profile, 1))
+            costs.append(_counted(moment, profile, 1))
         elif counted["forward"] and moment.label in forward:
-            works.append(_counted(forward[moment.label], profile, 2))  # gradients of both factors of each product
+            costs.append(_counted(forward[moment.label], profile, 2))  # gradients of both factors of each product
         else:
-            works.append(_from_reads(facts, trace, moment, profile))
-    return works
+            costs.append(_from_reads(facts, trace, moment, profile))
+    return costs
 
 
-def _counted(moment: Moment, profile: HardwareProfile, times: int) -> Work:
+def _counted(moment: Moment, profile: HardwareProfile, times: int) -> Cost:
     duration_s = profile.compute_s(moment.flops, moment.fp32_flops, moment.traffic_bytes)
-    return Work(times * duration_s, times * moment.num_ops)
+    return Cost(times * duration_s, times * moment.num_ops)
 
 
-def _from_reads(facts: list[ChunkFacts], trace: Trace, moment: Moment, profile: HardwareProfile) -> Work:
+def _from_reads(facts: list[ChunkFacts], trace: Trace, moment: Moment, profile: HardwareProfile) -> Cost:
     num_tokens = max(map(num_elements, trace.batch_shapes), default=1)
     per_numel = 2 if moment.phase == "forward" else 4
     duration_s = 0.0
     for chunk in moment.reads:
         flops = float(per_numel * num_tokens * (facts[chunk].numel + facts[chunk].others_numel))
         duration_s += profile.compute_s(*((0.0, flops, 0) if facts[chunk].value_itemsize >= 4 else (flops, 0.0, 0)))
-    return Work(duration_s, 0)
+    return Cost(duration_s, 0)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Schedule:
     Args:
         facts: of all chunks.
         placements: by chunk index.
-        work: of each moment, from :func:`moment_work`.
+        costs: of each moment, from :func:`moment_costs`.
         profile: rates.
         run: what the step does.
         draws: keep what happened, for a picture.
@@ -132,7 +132,7 @@ class Schedule:
         self,
         facts: list[ChunkFacts],
         placements: list[Placement],
-        work: list[Work],
+        costs: list[Cost],
         profile: HardwareProfile,
         run: Run,
         draws: bool = False,
@@ -140,7 +140,7 @@ class Schedule:
     ) -> None:
         self._facts = facts
         self._placements = placements
-        self._work = work
+        self._costs = costs
         self._run = run
         self._draws = draws
         self.clock = Clock(profile, draws)
@@ -272,8 +272,8 @@ class Schedule:
             self._save(moment)
         elif moment.brought_bytes:
             self._bring_back(moment)
-        work = self._work[position]
-        clock.compute(work.duration_s, work.num_ops, f"{moment.phase} {moment.label}" if self._draws else "")
+        cost = self._costs[position]
+        clock.compute(cost.duration_s, cost.num_ops, f"{moment.phase} {moment.label}" if self._draws else "")
         if moment.saved_bytes and moment.brought_bytes:  # the last of forward, in which backward begins
             self._bring_back(moment)
 

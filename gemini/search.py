@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 from gemini.plan import ChunkFacts, offload_all, persistent_bytes
 from gemini.profile import HardwareProfile
-from gemini.schedule import Run, moment_work
+from gemini.schedule import Run
 from gemini.segment import Placement
-from gemini.timeline import Prediction, replay, required_bytes, time_step, transient_bytes, used_in_place
-from gemini.trace import NextUse, Trace
+from gemini.timeline import Prediction, Replay, required_bytes, transient_bytes, used_in_place
+from gemini.trace import Trace
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Fractions of ``static`` that are always among the points tried."""
@@ -85,9 +84,7 @@ class Search:
         self._trace = trace
         self._capacity_bytes = capacity_bytes
         self._profile = profile
-        self._run = replace(run or Run(), in_one_pass=trace.is_window)
-        self._work = moment_work(facts, trace, profile)
-        self._next_use = NextUse(trace)
+        self._replay = Replay(facts, trace, capacity_bytes, profile, run)
         self._depths = DEPTHS if depth is None else (depth,)
         # What one depth is best for need not be best for another; where that takes no time, all are tried for all.
         self._tries_all_depths = len(facts) * len(trace.moments) <= _FEW
@@ -108,9 +105,9 @@ class Search:
         self._tried: dict[tuple[Placement, ...], float] = {}
         self._transient: dict[tuple[bool, ...], int] = {}
         self._leading_transient: dict[tuple[int, int, bool], int] = {}
-        self._backward_s = self._run.num_passes * sum(
-            work.duration_s
-            for work, moment in zip(self._work, trace.moments, strict=True)
+        self._backward_s = self._replay.run.num_passes * sum(
+            cost.duration_s
+            for cost, moment in zip(self._replay.costs, trace.moments, strict=True)
             if moment.phase == "backward"
         )
         self._in_forward = {c for m in trace.moments if m.phase == "forward" for c in m.reads}
@@ -125,17 +122,7 @@ class Search:
     @property
     def prediction(self) -> Prediction:
         """Of the best found."""
-        return replay(
-            self._facts,
-            self.placements,
-            self._trace,
-            self._capacity_bytes,
-            self._profile,
-            self._next_use,
-            self.depth,
-            self._run,
-            self._work,
-        )
+        return self._replay.predict(self.placements, self.depth)
 
     def take(self, placements: list[Placement]) -> None:
         """Leaves these placements, whether they fit or not, with the fastest depth."""
@@ -221,17 +208,7 @@ class Search:
     # -- time --------------------------------------------------------------------------------------------------------
 
     def _time(self, placements: list[Placement], depth: int) -> float:
-        return time_step(
-            self._facts,
-            placements,
-            self._trace,
-            self._capacity_bytes,
-            self._profile,
-            self._next_use,
-            depth,
-            self._run,
-            self._work,
-        ).step_s
+        return self._replay.time(placements, depth).step_s
 
     def _least_s(self, placements: list[Placement]) -> float:
         """No step can be faster: updates begin when backward is over, one after another, and forward waits for those of
@@ -242,7 +219,7 @@ class Search:
                 updates_s += each_s * (fact.numel - placement.companion_numel)
                 if fact.index in self._in_forward:
                     waited_s = updates_s
-        together = max if self._run.has_early_updates else sum
+        together = max if self._replay.run.has_early_updates else sum
         return together((waited_s, self._backward_s)) * _BELOW
 
     def _element_s(self, fact: ChunkFacts) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from gemini.clock import Clock
 from gemini.plan import ChunkFacts, Plan, persistent_bytes
 from gemini.profile import HardwareProfile
-from gemini.schedule import Run, Schedule, Work, moment_work
+from gemini.schedule import Run, Schedule, moment_costs
 from gemini.segment import Placement
 from gemini.streamed import streamed_bytes
 from gemini.trace import NextUse, Trace
@@ -110,61 +110,9 @@ def needed_bytes(facts: list[ChunkFacts], placements: list[Placement], trace: Tr
     return needs
 
 
-def replay(
-    facts: list[ChunkFacts],
-    placements: list[Placement],
-    trace: Trace,
-    capacity_bytes: int,
-    profile: HardwareProfile,
-    next_use: NextUse | None = None,
-    prefetch_depth: int = 0,
-    run: Run | None = None,
-    work: list[Work] | None = None,
-    draws: bool = False,
-) -> Prediction:
-    """Walks through a step as the manager would: the update of the step before, then the passes over the trace.
-
-    Args:
-        facts: of all chunks, by index.
-        placements: the plan's, by chunk index.
-        trace: of one pass.
-        capacity_bytes: of the device.
-        profile: rates for the seconds.
-        next_use: of the trace, if the caller has it already.
-        prefetch_depth: the plan's.
-        run: what a step does; by default one pass.
-        work: of each moment, if the caller has it already.
-        draws: keep what happened when, for a picture.
-    """
-    persistent = sum(persistent_bytes(facts, placements)) + lane_bytes(placements, trace)
-    timed = time_step(facts, placements, trace, capacity_bytes, profile, next_use, prefetch_depth, run, work, draws)
-    peak = persistent
-    needs = needed_bytes(facts, placements, trace)
-    for need, beside, moment in zip(needs, timed.gathered_bytes, trace.moments, strict=True):
-        room = capacity_bytes - persistent - moment.reserve_bytes
-        # Where not even what the moment reads fits beside the reserve, it is held in turn.
-        peak = max(peak, persistent + max(need, min(beside, max(0, room)) + moment.non_model_peak_bytes))
-    if any(placement.companion_numel for placement in placements):
-        peak = max(peak, persistent + trace.step_peak_bytes)
-    h2d_bytes = sum(
-        times * (fact.numel - placement.resident_numel) * fact.value_itemsize
-        for times, fact, placement in zip(timed.num_fetches, facts, placements, strict=True)
-    )
-    return Prediction(
-        peak_bytes=peak,
-        num_fetches=sum(timed.num_fetches),
-        num_evictions=timed.num_evictions,
-        h2d_bytes=h2d_bytes,
-        step_s=timed.step_s,
-        fits=required_bytes(facts, placements, trace) <= capacity_bytes,
-        busy_s=timed.busy_s,
-        clock=timed.clock,
-    )
-
-
 @dataclass(frozen=True)
 class TimedStep:
-    """What :func:`time_step` found; fetches, evictions and gathered bytes (per moment) of the first micro-batch."""
+    """What :meth:`Replay.time` found; fetches, evictions and gathered bytes (per moment) of the first micro-batch."""
 
     step_s: float
     busy_s: dict[str, float]
@@ -174,35 +122,102 @@ class TimedStep:
     clock: Clock
 
 
-def time_step(
+class Replay:
+    """Walks through a step as the manager would: the update of the step before, then the passes over the trace.
+
+    Args:
+        facts: of all chunks, by index.
+        trace: of one pass.
+        capacity_bytes: of the device.
+        profile: rates for the seconds.
+        run: what a step does; by default one pass.
+
+    Attributes:
+        run: likewise, in as many passes as the trace is of.
+        costs: of each moment.
+    """
+
+    def __init__(
+        self,
+        facts: list[ChunkFacts],
+        trace: Trace,
+        capacity_bytes: int,
+        profile: HardwareProfile,
+        run: Run | None = None,
+    ) -> None:
+        self._facts = facts
+        self._trace = trace
+        self._capacity_bytes = capacity_bytes
+        self._profile = profile
+        self.run = replace(run or Run(), in_one_pass=trace.is_window)
+        self.costs = moment_costs(facts, trace, profile)
+        self._next_use = NextUse(trace)
+
+    def predict(self, placements: list[Placement], prefetch_depth: int = 0, draws: bool = False) -> Prediction:
+        """Bytes and seconds.
+
+        Args:
+            placements: the plan's, by chunk index.
+            prefetch_depth: the plan's.
+            draws: keep what happened when, for a picture.
+        """
+        facts, trace, capacity_bytes = self._facts, self._trace, self._capacity_bytes
+        persistent = sum(persistent_bytes(facts, placements)) + lane_bytes(placements, trace)
+        timed = self.time(placements, prefetch_depth, draws)
+        peak = persistent
+        needs = needed_bytes(facts, placements, trace)
+        for need, beside, moment in zip(needs, timed.gathered_bytes, trace.moments, strict=True):
+            room = capacity_bytes - persistent - moment.reserve_bytes
+            # Where not even what the moment reads fits beside the reserve, it is held in turn.
+            peak = max(peak, persistent + max(need, min(beside, max(0, room)) + moment.non_model_peak_bytes))
+        if any(placement.companion_numel for placement in placements):
+            peak = max(peak, persistent + trace.step_peak_bytes)
+        h2d_bytes = sum(
+            times * (fact.numel - placement.resident_numel) * fact.value_itemsize
+            for times, fact, placement in zip(timed.num_fetches, facts, placements, strict=True)
+        )
+        return Prediction(
+            peak_bytes=peak,
+            num_fetches=sum(timed.num_fetches),
+            num_evictions=timed.num_evictions,
+            h2d_bytes=h2d_bytes,
+            step_s=timed.step_s,
+            fits=required_bytes(facts, placements, trace) <= capacity_bytes,
+            busy_s=timed.busy_s,
+            clock=timed.clock,
+        )
+
+    def time(self, placements: list[Placement], prefetch_depth: int = 0, draws: bool = False) -> TimedStep:
+        """The part of :meth:`predict` that is about time."""
+        facts, trace, run = self._facts, self._trace, self.run
+        free_bytes = self._capacity_bytes - sum(persistent_bytes(facts, placements)) - lane_bytes(placements, trace)
+        held_bytes = [0 if used_in_place(f, p) else f.gathered_bytes for f, p in zip(facts, placements, strict=True)]
+        rooms = [free_bytes - moment.reserve_bytes for moment in trace.moments]
+        on_disk = [f.values_on_disk for f in facts]
+        walk = Walk(held_bytes, trace, self._next_use, rooms, prefetch_depth, on_disk if any(on_disk) else None)
+        schedule = Schedule(facts, placements, self.costs, self._profile, run, draws, trace.streamed_piece_numel)
+        schedule.begin()
+        gathered_bytes = walk.run_pass(schedule)
+        num_fetches, num_evictions = list(walk.num_fetches), walk.num_evictions
+        if run.has_early_updates:
+            step_s, busy_s = _another_step(walk, schedule)
+        else:
+            step_s, busy_s = _rest_of_step(walk, schedule, run)
+        return TimedStep(step_s, busy_s, num_fetches, num_evictions, gathered_bytes, schedule.clock)
+
+
+def replay(
     facts: list[ChunkFacts],
     placements: list[Placement],
     trace: Trace,
     capacity_bytes: int,
     profile: HardwareProfile,
-    next_use: NextUse | None = None,
     prefetch_depth: int = 0,
     run: Run | None = None,
-    work: list[Work] | None = None,
     draws: bool = False,
-) -> TimedStep:
-    """The part of :func:`replay` that is about time; the same arguments."""
-    next_use, run = next_use or NextUse(trace), replace(run or Run(), in_one_pass=trace.is_window)
-    free_bytes = capacity_bytes - sum(persistent_bytes(facts, placements)) - lane_bytes(placements, trace)
-    held_bytes = [0 if used_in_place(f, p) else f.gathered_bytes for f, p in zip(facts, placements, strict=True)]
-    rooms = [free_bytes - moment.reserve_bytes for moment in trace.moments]
-    on_disk = [f.values_on_disk for f in facts]
-    walk = Walk(held_bytes, trace, next_use, rooms, prefetch_depth, on_disk if any(on_disk) else None)
-    works = work or moment_work(facts, trace, profile)
-    schedule = Schedule(facts, placements, works, profile, run, draws, trace.streamed_piece_numel)
-    schedule.begin()
-    gathered_bytes = walk.run_pass(schedule)
-    num_fetches, num_evictions = list(walk.num_fetches), walk.num_evictions
-    if run.has_early_updates:
-        step_s, busy_s = _another_step(walk, schedule)
-    else:
-        step_s, busy_s = _rest_of_step(walk, schedule, run)
-    return TimedStep(step_s, busy_s, num_fetches, num_evictions, gathered_bytes, schedule.clock)
+) -> Prediction:
+    """One plan alone; see :class:`Replay` and :meth:`Replay.predict`."""
+    return Replay(facts, trace, capacity_bytes, profile, run).predict(placements, prefetch_depth, draws)
 
 
 def _another_step(walk: Walk, schedule: Schedule) -> tuple[float, dict[str, float]]:

@@ -14,7 +14,7 @@ from memory_case import trace_of
 from gemini.clock import COMPUTE, IN, ISSUE, LANES, OUT, UPDATE, WAIT, Clock
 from gemini.plan import ChunkFacts
 from gemini.profile import HardwareProfile, HostUpdate
-from gemini.schedule import Run, moment_work
+from gemini.schedule import Run, moment_costs
 from gemini.segment import Placement
 from gemini.timeline import replay
 from gemini.trace import Moment, Trace
@@ -155,22 +155,22 @@ class TestStep:
         assert bound.step_s > free.step_s
 
 
-class TestWork:
+class TestCosts:
     def test_operators_that_were_counted_count(self) -> None:
         moment = Moment("a", "forward", [0], flops=4.0, fp32_flops=2.0, num_ops=7)
-        work = moment_work([ChunkFacts(0, 10, 2, 14, "a")], Trace([moment], [(1,)]), SLOW)
-        assert (work[0].duration_s, work[0].num_ops) == (4 + 4, 7)
+        costs = moment_costs([ChunkFacts(0, 10, 2, 14, "a")], Trace([moment], [(1,)]), SLOW)
+        assert (costs[0].duration_s, costs[0].num_ops) == (4 + 4, 7)
 
     def test_an_uncounted_backward_is_twice_its_forward(self) -> None:
         moments = [Moment("a", "forward", [0], flops=4.0, num_ops=7), Moment("a", "backward", [0])]
-        work = moment_work([ChunkFacts(0, 10, 2, 14, "a")], Trace(moments, [(1,)]), SLOW)
-        assert (work[1].duration_s, work[1].num_ops) == (8.0, 14)
+        costs = moment_costs([ChunkFacts(0, 10, 2, 14, "a")], Trace(moments, [(1,)]), SLOW)
+        assert (costs[1].duration_s, costs[1].num_ops) == (8.0, 14)
 
     def test_where_nobody_counted_what_is_read_tells(self) -> None:
         trace = trace_of([[0], [0]])
         trace.batch_shapes = [(3, 5)]
-        work = moment_work([ChunkFacts(0, 10, 2, 14, "a")], trace, SLOW)
-        assert [w.duration_s for w in work] == [2 * 15 * 10, 4 * 15 * 10]
+        costs = moment_costs([ChunkFacts(0, 10, 2, 14, "a")], trace, SLOW)
+        assert [cost.duration_s for cost in costs] == [2 * 15 * 10, 4 * 15 * 10]
 
 
 @st.composite
