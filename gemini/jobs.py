@@ -17,8 +17,6 @@ from gemini.profile import HostUpdate
 if TYPE_CHECKING:
     from gemini.device import Event
 
-Work = Callable[[], None]
-
 
 class Job(ABC):
     """A piece of work that has been queued."""
@@ -53,7 +51,7 @@ class HostQueue(ABC):
     num_workers = 1
 
     @abstractmethod
-    def submit(self, work: Work, update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
+    def submit(self, work: Callable[[], None], update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
         """Queues ``work``. What it reads and writes is nobody else's until the job has been waited for.
 
         Args:
@@ -81,7 +79,7 @@ class InlineQueue(HostQueue):
 
     runs_beside = False
 
-    def submit(self, work: Work, update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
+    def submit(self, work: Callable[[], None], update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
         """Runs ``work`` now."""
         del update, after
         work()
@@ -117,7 +115,7 @@ class ThreadQueue(HostQueue):
         self.num_workers = num_workers
         self._pool = ThreadPoolExecutor(num_workers, "zero-update")
 
-    def submit(self, work: Work, update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
+    def submit(self, work: Callable[[], None], update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
         """Queues ``work`` for the next thread that is free."""
         del update, after
         return _ThreadJob(self._pool.submit(work))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gemini import jobs
 from gemini.clock import Booking, Clock
 from gemini.device import Event, Pending, Stream
 from gemini.jobs import HostQueue, Job
@@ -209,9 +208,9 @@ class SimulatedStream(Stream):
 
 
 class _SimulatedJob(Job):
-    def __init__(self, queue: SimulatedQueue, work: jobs.Work, booking: Booking | None) -> None:
+    def __init__(self, queue: SimulatedQueue, work: Callable[[], None], booking: Booking | None) -> None:
         self._queue = queue
-        self._work: jobs.Work | None = work
+        self._work: Callable[[], None] | None = work
         self._error: Exception | None = None
         self._booking = booking
         self._done_s = 0.0 if booking is None else booking.stop_s
@@ -266,7 +265,7 @@ class SimulatedQueue(HostQueue):
         """The device's."""
         return self._device.clock
 
-    def submit(self, work: jobs.Work, update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
+    def submit(self, work: Callable[[], None], update: HostUpdate | None = None, after: Sequence[Event] = ()) -> Job:
         """Queues ``work``; whether it runs now is up to the device's stream order."""
         booking = None
         if self.clock is not None:

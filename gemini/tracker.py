@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import _thread
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemini.work import Work, work_of
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in a nest of tuples and lists, which is what operators take and return."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
+from gemini.work import Work, tensors_in, work_of
 
 
 class StorageTracker(TorchDispatchMode):

@@ -58,6 +58,15 @@ _NONE = Work()
 _MOVING_NOTHING = ("empty", "new_empty", "detach", "_unsafe_view", "alias", "lift_fresh")
 
 
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in a nest of tuples and lists, which is what operators take and return."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+
+
 def work_of(func: Any, args: Any, kwargs: Any, result: Any) -> Work:
     """What one call of an operator asks for.
 
@@ -72,24 +81,15 @@ def work_of(func: Any, args: Any, kwargs: Any, result: Any) -> Work:
         flops = float(formula(*args, **kwargs, out_val=result))
         return Work(fp32_flops=flops, num_ops=1) if _is_wide(args) else Work(flops=flops, num_ops=1)
     moves_nothing = getattr(func, "is_view", False) or func.__name__.startswith(_MOVING_NOTHING)
-    if moves_nothing or next(_tensors(result), None) is None:
+    if moves_nothing or next(tensors_in(result), None) is None:
         return _NONE
-    traffic_bytes = sum(_touched_bytes(tensor) for tensor in _tensors((args, tuple(kwargs.values()), result)))
+    traffic_bytes = sum(_touched_bytes(tensor) for tensor in tensors_in((args, tuple(kwargs.values()), result)))
     return Work(traffic_bytes=traffic_bytes, num_ops=1)
 
 
 def _is_wide(args: Any) -> bool:
-    tensor = next(_tensors(args), None)
+    tensor = next(tensors_in(args), None)
     return tensor is not None and tensor.dtype.itemsize >= 4
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in a nest of tuples and lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _touched_bytes(tensor: torch.Tensor) -> int:

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gemini.device import Device
 from gemini.simulated import SimulatedDevice
-from gemini.tracker import StorageTracker, tensors_in
+from gemini.tracker import StorageTracker
+from gemini.work import tensors_in
 
 CAPACITY_BYTES = 4096
 
