@@ -38,12 +38,14 @@ class Booking:
 
     Attributes:
         before_s: when the queue is done with what was there before.
+        before_start_s: when the last of that begins.
         start_s: when it begins.
         stop_s: when it is done.
-        span: of the picture.
+        span: of the picture; None where there is none.
     """
 
     before_s: float
+    before_start_s: float
     start_s: float
     stop_s: float
     span: Span | None
@@ -120,10 +122,13 @@ class Clock:
         """When the program has come here and the device has computed all that it was given; updates may still run."""
         return max(self.host_s, self.compute_s)
 
-    def _note(self, lane: str, label: str, start_s: float, stop_s: float, num_bytes: int = 0) -> None:
+    def _note(self, lane: str, label: str, start_s: float, stop_s: float, num_bytes: int = 0) -> Span | None:
         self.busy_s[lane] += stop_s - start_s
-        if self.spans is not None and stop_s > start_s:
-            self.spans.append(Span(lane, label, start_s, stop_s, num_bytes))
+        if self.spans is None or stop_s <= start_s:
+            return None
+        span = Span(lane, label, start_s, stop_s, num_bytes)
+        self.spans.append(span)
+        return span
 
     def _issue(self, num_times: int) -> None:
         duration_s = num_times * self.profile.launch_s
@@ -186,15 +191,15 @@ class Clock:
     def update(self, what: HostUpdate, label: str = "", earliest_s: float = 0.0) -> Booking:
         """The program queues an update on the host."""
         self._issue(1)
-        before_s = self.update_s
-        self._update(what, max(before_s, self.host_s, earliest_s), label)
-        return Booking(before_s, self._update_start_s, self.update_s, self.spans[-1] if self.spans else None)
+        before_s, before_start_s = self.update_s, self._update_start_s
+        span = self._update(what, max(before_s, self.host_s, earliest_s), label)
+        return Booking(before_s, before_start_s, self._update_start_s, self.update_s, span)
 
     def withdraw(self, last: Booking) -> bool:
         """Takes the last update out of the queue; False if it has begun, or the disk has begun to read for it."""
         if last.start_s <= self.host_s or last.stop_s != self.update_s or self._unwritten is not None:
             return False
-        self.update_s = last.before_s
+        self.update_s, self._update_start_s = last.before_s, last.before_start_s
         self.busy_s[UPDATE] -= last.stop_s - last.start_s
         if self.spans is not None and last.span in self.spans:
             self.spans.remove(last.span)
@@ -203,19 +208,19 @@ class Clock:
     def update_now(self, what: HostUpdate, label: str = "") -> None:
         """The program itself updates on the host: with the cores and the memory that updates beside it would need."""
         self.wait(max(self.update_s, self.host_s), label)
-        self.wait(self._update(what, self.host_s, label), label)
+        self._update(what, self.host_s, label)
+        self.wait(self.update_s, label)
 
-    def _update(self, what: HostUpdate, start_s: float, label: str) -> float:
+    def _update(self, what: HostUpdate, start_s: float, label: str) -> Span | None:
         if what.disk_bytes:
             # What is on disk is read while the update before it runs, and written while the one after it does.
             start_s = max(start_s, self.read_disk(what.disk_bytes, max(self.host_s, self._update_start_s), label))
             self.write_disk(label)
         self._update_start_s = start_s
         self.update_s = start_s + self.profile.host_update_s(what.numel, what.bytes_per_numel, what.speed)
-        self._note(UPDATE, label, start_s, self.update_s)
         if what.disk_bytes:
             self._unwritten = what.disk_bytes, self.update_s
-        return self.update_s
+        return self._note(UPDATE, label, start_s, self.update_s)
 
     def read_disk(self, num_bytes: int, earliest_s: float = 0.0, label: str = "") -> float:
         """Something is read from disk; returns when it is there. What is to be written and can be comes first."""

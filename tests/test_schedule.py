@@ -74,6 +74,17 @@ class TestClock:
         assert clock.host_s == 3.0
         assert (clock.busy_s[WAIT], clock.busy_s[UPDATE]) == (3.0, 3.0)
 
+    def test_an_update_that_is_withdrawn_leaves_no_trace(self) -> None:
+        clock = Clock(replace(SLOW, disk_read_bytes_per_s=10.0, disk_write_bytes_per_s=10.0), draws=True)
+        clock.update(HostUpdate(3), "first")
+        clock.compute(1.0, label="forward")
+        for numel in (2, 0):  # one of no elements has no span of its own
+            assert clock.withdraw(clock.update(HostUpdate(numel), "second"))
+        assert [span.label for span in clock.spans or []] == ["first", "forward"]
+        assert (clock.update_s, clock.busy_s[UPDATE]) == (3.0, 3.0)
+        # What is on disk is read from when the update before it begins: the first, at 0.
+        assert clock.update(HostUpdate(1, disk_bytes=20)).start_s == 3.0
+
     def test_host_memory_bounds_updates(self) -> None:
         slow_memory = replace(SLOW, host_update_numel_per_s=1e9, host_dram_bytes_per_s=30.0)
         assert slow_memory.host_update_s(7) == pytest.approx(7.0)  # 28 bytes, and 2 of the fetch that follows
