@@ -42,8 +42,9 @@ class DiskArena:
         self.disk_bytes = 0
         self._file: int | None = None
         self._file_bytes = 0
-        # By address: the mapping and its place in the file. Places that were given back, by their bytes.
-        self._mapped: dict[int, tuple[mmap.mmap, int]] = {}
+        # By address: the mapping and its place in the file, None in one that is closed. Places that were given back, by
+        # their bytes.
+        self._mapped: dict[int, tuple[mmap.mmap, int | None]] = {}
         self._holes: dict[int, list[int]] = {}
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -62,7 +63,10 @@ class DiskArena:
             mapping = mmap.mmap(self._descriptor(), whole_bytes, flags=mmap.MAP_SHARED, offset=place)
         except OSError as error:
             self._holes.setdefault(whole_bytes, []).append(place)
-            raise DiskError(f"memory.disk: the operating system does not map {self.folder}: {error}") from error
+            raise DiskError(
+                f"memory.disk = {str(self.folder)!r}: the operating system does not map a file there ({error.strerror}); "
+                "name a folder on another disk"
+            ) from error
         tensor = torch.frombuffer(mapping, dtype=dtype, count=numel)
         if not fresh:
             tensor.zero_()
@@ -75,7 +79,8 @@ class DiskArena:
         self.disk_bytes -= tensor.nbytes
         if tensor.numel():
             mapping, place = self._mapped.pop(tensor.data_ptr())
-            self._holes.setdefault(len(mapping), []).append(place)
+            if place is not None:
+                self._holes.setdefault(len(mapping), []).append(place)
 
     def will_need(self, tensor: torch.Tensor) -> None:
         """Starts to read ahead."""
@@ -87,8 +92,8 @@ class DiskArena:
         if not tensor.numel():
             return
         self._advise(tensor, mmap.MADV_DONTNEED)
-        if hasattr(os, "posix_fadvise"):
-            mapping, place = self._mapped[tensor.data_ptr()]
+        mapping, place = self._mapped[tensor.data_ptr()]
+        if place is not None and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor(), place, len(mapping), os.POSIX_FADV_DONTNEED)
 
     def _advise(self, tensor: torch.Tensor, advice: int) -> None:
@@ -101,6 +106,10 @@ class DiskArena:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+        # No place outlives its file: in another it is somebody else's, or beyond the end.
+        self._file_bytes = 0
+        self._holes.clear()
+        self._mapped = {address: (mapping, None) for address, (mapping, _) in self._mapped.items()}
 
     def _grow(self, num_bytes: int) -> int:
         """A new place at the file's end."""

@@ -218,6 +218,21 @@ def test_places_are_used_again_and_come_back_empty(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_does_not_outlive_its_file(tmp_path: Path) -> None:
+    arena = DiskArena(tmp_path)
+    held, gone = (arena.allocate(5000, torch.float32).fill_(1.0) for _ in range(2))
+    arena.release(gone)
+    arena.close()
+    arena.let_go(held)
+    first = arena.allocate(5000, torch.float32).fill_(2.0)
+    arena.release(held)
+    second = arena.allocate(5000, torch.float32).fill_(3.0)
+    assert [tensor.unique().tolist() for tensor in (held, first, second)] == [[1.0], [2.0], [3.0]]
+    assert arena.disk_bytes == 2 * 20_000
+    arena.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_folder_nothing_can_be_had() -> None:
     with pytest.raises(DiskError, match=r"memory\.disk is not set"):
         DiskArena(None).allocate(1, torch.float32)
