@@ -67,10 +67,11 @@ class Policy:
             DoesNotFitError: not even the placement with the least on the device fits (``auto``), or the fixed one.
         """
         spared_bytes = self._spared_bytes(facts, trace, capacity_bytes)
-        search = Search(facts, trace, capacity_bytes - spared_bytes, self.profile, self.run, self.prefetch_depth)
+        room_bytes = capacity_bytes - spared_bytes
+        search = Search(facts, trace, room_bytes, self.profile, self.run, self.prefetch_depth)
         if self.name == "auto":
             search.run()
-            try_streamed(search, facts, trace, capacity_bytes, self.profile, self.run, self.prefetch_depth)
+            try_streamed(search, facts, trace, room_bytes, self.profile, self.run, self.prefetch_depth)
         else:
             search.take(self._fixed(facts).placements)
         plan, prediction = Plan(self.name, search.placements, prefetch_depth=search.depth), search.prediction
