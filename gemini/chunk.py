@@ -125,7 +125,12 @@ class Chunk(Holdings):
         else:
             self._store.device.take_again(self._buffer, numel)
             self._store.bytes_by[Tier.DEVICE, Kind.GATHERED] += self.num_bytes
-        self._fill_buffer()
+        try:
+            self._fill_buffer()
+        except BaseException:  # another process is lost, or somebody has interrupted: the chunk is as free as before
+            self._fetched = None
+            self._store.free(Tier.DEVICE, Kind.GATHERED, self.buffer)
+            raise
         for tensor, state, view in zip(self.tensors, after, self._views, strict=True):
             tensor.state = state
             tensor.bound = view

@@ -347,6 +347,35 @@ def test_strides_of_the_users_parameter_are_kept() -> None:
     close(house)
 
 
+@pytest.mark.parametrize("was_there", [False, True])
+@pytest.mark.parametrize("error", [ConnectionError, KeyboardInterrupt])
+def test_a_fetch_that_breaks_off_leaves_the_chunk_free(
+    error: type[BaseException], was_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = equal_chunks(1)
+    chunk, tensor = house.chunks[0], house.tensors[0]
+    if was_there:
+        chunk.fetch()
+        chunk.release()
+    with monkeypatch.context() as patch:
+
+        def lost(*args: object) -> None:
+            raise error("another process is lost, say")
+
+        patch.setattr(house.transfer, "to_gathered", lost)
+        with pytest.raises(error):
+            chunk.fetch()
+    house.manager.check_integrity()
+    assert tensor.state is TensorState.FREE
+    assert house.store.tier_bytes(Tier.DEVICE) == house.device.model_data_bytes == 0
+    chunk.fetch()
+    chunk.acquire(tensor)
+    assert torch.equal(tensor.parameter, house.originals[tensor.name])
+    chunk.let_go(tensor, Move.LET_GO)
+    chunk.dissolve(keep_values=False)
+    close(house)
+
+
 def test_dissolving_gives_everything_back() -> None:
     house = build([[spec("a", 6), spec("b", 4)], [spec("c", 7, dtype=torch.bfloat16)]])
     house.chunks[0].place(Placement(10, 3))
