@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +47,6 @@ class DryDevice(Device):
         self.capacity_bytes = 1 << 62
         self._tracker = DryTracker(self._note_peak)
         self._tracker.on_work = self.work.add
-        self._activities = threading.local()
         self._peak_bytes = 0
 
     def _note_peak(self, num_bytes: int) -> None:
@@ -87,16 +85,9 @@ class DryDevice(Device):
     def synchronize(self) -> None:
         """Nothing is ever pending."""
 
-    @contextlib.contextmanager
-    def activity(self) -> Iterator[None]:
+    def activity(self) -> contextlib.AbstractContextManager[None]:
         """Counts storages made inside."""
-        depth = getattr(self._activities, "depth", 0)
-        self._activities.depth = depth + 1
-        try:
-            with self._tracker if not depth else contextlib.nullcontext():
-                yield
-        finally:
-            self._activities.depth = depth
+        return self._tracker.watching()
 
     @contextlib.contextmanager
     def bookkeeping(self) -> Iterator[None]:

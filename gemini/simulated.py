@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
@@ -82,7 +81,6 @@ class SimulatedDevice(Device):
         self._streams: list[SimulatedStream] = []
         self._queues: list[SimulatedQueue] = []
         self._tracker = StorageTracker(self._admit, guard_reads=True)
-        self._activities = threading.local()  # how many are nested; dispatch modes are per thread, too
         self._updates = False
         self._peak_bytes = 0
         self._read_s: dict[int, float] = {}  # by address: when what the disk reads ahead is there
@@ -268,17 +266,10 @@ class SimulatedDevice(Device):
 
     # -- which computation is on the device --------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def activity(self) -> Iterator[None]:
+    def activity(self) -> contextlib.AbstractContextManager[None]:
         """Tensors made inside count against the capacity. May be nested."""
-        depth = getattr(self._activities, "depth", 0)
-        self._activities.depth = depth + 1
         self._tracker.on_work = self._reckon if self.counts_work or self.clock is not None else None
-        try:
-            with self._tracker if not depth else contextlib.nullcontext():
-                yield
-        finally:
-            self._activities.depth = depth
+        return self._tracker.watching()
 
     def bookkeeping(self) -> contextlib.AbstractContextManager[None]:
         """Nothing made inside counts as activations."""

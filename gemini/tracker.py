@@ -7,8 +7,10 @@ code on fake tensors to predict them.
 from __future__ import annotations
 
 import _thread
+import contextlib
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +43,18 @@ class StorageTracker(TorchDispatchMode):
         self.peak_bytes = 0
         self.refused_bytes = 0
         self.on_work: Callable[[Work], None] | None = None
+        self._nested = threading.local()  # how deep; dispatch modes are per thread, too
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, this thread's operators are followed, each once, however deep it is nested."""
+        depth = getattr(self._nested, "depth", 0)
+        self._nested.depth = depth + 1
+        try:
+            with contextlib.nullcontext() if depth else self:
+                yield
+        finally:
+            self._nested.depth = depth
 
     def exempt(self, tensor: torch.Tensor) -> None:
         """Never counts this tensor's storage: it is model data and counted by its owner."""
