@@ -307,8 +307,9 @@ class Chunk(Holdings):
         for tensor, flat in gradients.items():
             self._reserve(tensor, flat.dtype)
         for tensor, flat in gradients.items():
-            first, tensor.has_gradient = not tensor.has_gradient, True
+            first = not tensor.has_gradient
             self.expect(send(self._segments, self._store, self._transfer, tensor.entry.offset, flat, first))
+            tensor.has_gradient = True
 
     def _reserve(self, tensor: ChunkTensor, dtype: torch.dtype) -> None:
         """Makes room for a gradient, so that sending it cannot fail."""

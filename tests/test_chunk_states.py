@@ -347,6 +347,24 @@ def test_strides_of_the_users_parameter_are_kept() -> None:
     close(house)
 
 
+def test_a_gradient_that_could_not_leave_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = equal_chunks(1)
+    chunk, tensor = house.chunks[0], house.tensors[0]
+    gradient = gradient_like(tensor, 1)
+    with monkeypatch.context() as patch:
+
+        def refused(*args: object, **kwargs: object) -> None:
+            raise MemoryError
+
+        patch.setattr(house.transfer, "gradient_out", refused)
+        with pytest.raises(MemoryError):
+            chunk.deliver(tensor, gradient)
+    assert not tensor.has_gradient
+    chunk.deliver(tensor, gradient)
+    assert torch.equal(chunk.companion_of(tensor, GRADIENT), gradient)
+    close(house)
+
+
 @pytest.mark.parametrize("was_there", [False, True])
 @pytest.mark.parametrize("error", [ConnectionError, KeyboardInterrupt])
 def test_a_fetch_that_breaks_off_leaves_the_chunk_free(
