@@ -7,6 +7,7 @@ at once. A chunk whose values are wholly resident uses that resident buffer as i
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -128,6 +129,8 @@ class Chunk(Holdings):
         try:
             self._fill_buffer()
         except BaseException:  # another process is lost, or somebody has interrupted: the chunk is as free as before
+            with contextlib.suppress(Exception):
+                self._settle_fetch()  # what others may be writing there
             self._fetched = None
             self._store.free(Tier.DEVICE, Kind.GATHERED, self.buffer)
             raise

@@ -333,9 +333,11 @@ def rebuild(old: list[Segment], placement: Placement, store: Store, homes: Homes
 
 
 def _require_whole_blocks(segments: Sequence[Segment]) -> None:
-    codec = segments[0].codec
-    if codec is not None and any((s.start - segments[0].start) % codec.block_numel for s in segments):
-        raise ValueError(f"coded states can be cut at multiples of {codec.block_numel} elements only")
+    codec, cuts = segments[0].codec, [s.start - segments[0].start for s in segments]
+    if codec is not None and any(cut % codec.block_numel for cut in cuts):
+        raise ValueError(
+            f"coded states can be cut at multiples of {codec.block_numel} elements only, not at {cuts[1:]}"
+        )
 
 
 def _keys(segments: Sequence[Segment]) -> list[str]:

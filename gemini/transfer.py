@@ -73,7 +73,7 @@ class Arrival:
 
 
 class Transfer:
-    """Side streams: parameters in, gradients out, and what comes from other processes.
+    """Side streams: parameters in, gradients out, what comes from other processes; and both ways what forward saves.
 
     Attributes:
         h2d_bytes: host to device since :meth:`reset_counters`.
