@@ -8,10 +8,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from cli_case import write_config
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import zero
+from zero.cli.main import main
 from zero.errors import ConfigError, UserError
 from zero.liger import use_liger
 
@@ -88,3 +90,19 @@ def test_a_device_without_kernels_is_refused_before_the_model_is_touched(calls):
 def test_a_config_that_names_such_a_device_is_refused_as_a_config(device):
     with pytest.raises(ConfigError, match="train.liger = true"):
         zero.initialize(llama(), config={"device": device, "train": {"liger": True}})
+
+
+@pytest.mark.parametrize("verb", ["plan", "train"])
+def test_zero_plan_refuses_such_a_model_in_the_same_words_before_anything_is_loaded(verb, calls, tmp_path, capsys):
+    config = write_config(tmp_path, device={"type": "auto"})
+    words = ["--train.liger", "true", "--train.output_dir", str(tmp_path / "run")]
+    assert main([verb, config, *words]) == 2
+    assert "no kernels for opt, only for llama, qwen3; set train.liger = false" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_where_the_library_is_not_installed_goes_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    config = write_config(tmp_path, device={"type": "auto"})
+    assert main(["plan", config, "--train.liger", "true"]) == 0
+    assert "it fits" in capsys.readouterr().out

@@ -29,6 +29,7 @@ from zero.config.schema import Config
 from zero.division import Division, DryExchange
 from zero.dryrun import CannotWalkError, models_own_code, walk, walk_again, walk_evaluation
 from zero.engine import Engine
+from zero.liger import require_kernels
 from zero.models.build import dress, model_config, set_checkpointing
 from zero.optim.fused import all_fused
 from zero.optim.update import step_bytes
@@ -162,6 +163,7 @@ def dry_run_of(
 
     Raises:
         CannotWalkError: the model failed.
+        UserError: ``train.liger`` does not know the model.
     """
     shape = (config.train.per_device_train_batch_size, config.data.seq_length)
     transformers_config = model_config(config, tokenizer)
@@ -170,7 +172,10 @@ def dry_run_of(
         from transformers import AutoModelForCausalLM
 
         options = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
-        return dress(AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32, **options), config)
+        model = dress(AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32, **options), config)
+        if config.train.liger:
+            require_kernels(model)
+        return model
 
     found = dry_run(build, config, shape, evaluation_shape, num_ranks, variants)
     if not variants:
