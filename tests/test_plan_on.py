@@ -6,16 +6,19 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cli_case import write_config
 
+from gemini.clock import Span
 from gemini.profile import HardwareProfile
 from zero.cli.main import main
+from zero.cli.plan import Wish, _machine
 from zero.config.loading import load_config
-from zero.forecast import Machine, _neighbours, changes, forecast, most_rows, scaled_trace
-from zero.planning import DryRun, dry_run_of
+from zero.forecast import Machine, _neighbours, changes, forecast, most_rows, policy_of, scaled_trace, schedule_of
+from zero.planning import DryRun, dry_run_of, plan_run
 
 Output = pytest.CaptureFixture[str]
 SMALL = ("--device.memory", "2MiB")
@@ -121,6 +124,14 @@ class TestFiles:
         assert planned(capsys, tmp_path, *SMALL, "--timeline", str(path))[0] == 0
         assert path.read_bytes().startswith(b"\x89PNG")
 
+    @pytest.mark.parametrize("words", [["--parallel.data", "2"], ["--memory.host", "1MiB", "--memory.disk", "DISK"]])
+    def test_a_picture_with_ranks_and_with_a_disk(self, words: list[str], tmp_path: Path, capsys: Output) -> None:
+        pytest.importorskip("matplotlib")
+        path = tmp_path / "timeline.png"
+        words = [str(tmp_path / word) if word == "DISK" else word for word in words]
+        assert planned(capsys, tmp_path, *SMALL, *words, "--timeline", str(path))[0] == 0
+        assert path.read_bytes().startswith(b"\x89PNG")
+
     @pytest.mark.parametrize("option", ["--trace", "--timeline"])
     def test_a_file_that_cannot_be_written(self, option: str, tmp_path: Path, capsys: Output) -> None:
         pytest.importorskip("matplotlib")
@@ -201,3 +212,63 @@ class TestForecast:
         times = [forecast(config, dry, self.machine(num_bytes)).step_s for num_bytes in (2 << 20, 3 << 20, 8 << 20)]
         assert times == sorted(times, reverse=True)
         assert times[-1] < times[0]
+
+    @pytest.mark.parametrize("device", [{"type": "cpu", "memory": "null"}, {"type": "simulated", "memory": "4MiB"}])
+    def test_without_a_card_it_is_planned_as_the_run_will_be(self, device: dict[str, str], tmp_path: Path) -> None:
+        from zero.config.loading import for_trainer
+        from zero.setup import make_device, make_policy
+
+        config = load_config(write_config(tmp_path), {"device": device})
+        own = make_device(config)
+        machine, _ = _machine(config, Wish())
+        dry = dry_run_of(for_trainer(config), None, None, 1)
+        assert policy_of(config, machine, dry) == make_policy(config, own)
+        want, got = plan_run(config, own).require(), forecast(for_trainer(config), dry, machine).planned.require()
+        own.close()
+        assert got.placements == want.placements
+        assert got.predicted_device_peak_bytes == want.predicted_device_peak_bytes
+
+    def test_the_disk_of_this_machine_counts_for_no_other(
+        self, dry: DryRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("zero.planning.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+        config = load_config(write_config(tmp_path), {"memory": {"disk": str(tmp_path)}})
+        there = replace(self.machine(3 << 20), host_bytes=1 << 20)
+        assert forecast(config, dry, there).fits
+        here = forecast(config, dry, replace(there, is_here=True))
+        assert "must go to disk" in str(here.planned.refusal)
+
+    def test_ranks_share_what_was_measured_of_one(self) -> None:
+        measured = replace(SLOW, measured=True)
+        assert Machine(measured, 1 << 21, 1 << 40, 1, 1).shared_profile == measured
+        four = Machine(measured, 1 << 21, 1 << 40, 4, 4).shared_profile
+        assert four.host_update_numel_per_s == measured.host_update_numel_per_s / 4
+
+    def test_a_forecast_for_one_device_leaves_another_as_it_was(self, dry: DryRun, tmp_path: Path) -> None:
+        config = load_config(write_config(tmp_path))
+        one = forecast(config, dry, self.machine(3 << 20))
+        before = one.planned.dry.trace.step_peak_bytes
+        assert before > 0
+        assert forecast(config, dry, self.machine(1 << 40)).planned.dry.trace.step_peak_bytes > before
+        assert one.planned.dry.trace.step_peak_bytes == before
+        assert dry.trace.step_peak_bytes == 0
+
+    @pytest.mark.parametrize("steps", [1, 2, 8])
+    def test_one_step_is_drawn(self, steps: int, dry: DryRun, tmp_path: Path) -> None:
+        """With updates inside backward, too, for which a step before it is walked through."""
+        train = {"gradient_accumulation_steps": steps, "max_grad_norm": 0}
+        config, machine = load_config(write_config(tmp_path), {"train": train}), self.machine(2 << 20)
+        found = forecast(config, dry, machine)
+        assert found.policy.run.has_early_updates == (steps == 1)
+        spans, shown_s = schedule_of(machine, found)
+        assert shown_s == pytest.approx(found.step_s) if steps < 3 else shown_s < found.step_s
+        assert min(span.start_s for span in spans) == pytest.approx(0.0, abs=shown_s / 10)
+        forwards = [span for span in spans if span.label == spans_first_forward(spans)]
+        assert len(forwards) == min(steps, 3)
+        for lane in {span.lane for span in spans}:
+            assert sum(span.stop_s - span.start_s for span in spans if span.lane == lane) <= 1.01 * shown_s
+
+
+def spans_first_forward(spans: list[Span]) -> str:
+    """The label of the unit that a pass begins with."""
+    return next(span.label for span in sorted(spans, key=lambda s: s.start_s) if span.label.startswith("forward"))

@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
-from gemini.clock import COMPUTE, DISK, EXCHANGE, IN, ISSUE, OUT, UPDATE, Clock
+from gemini.accelerator import AcceleratorDevice
+from gemini.clock import COMPUTE, DISK, EXCHANGE, IN, ISSUE, OUT, UPDATE, Span
+from gemini.device import Device
+from gemini.homes import spill
 from gemini.hostinfo import host_memory
 from gemini.plan import ChunkFacts, host_bytes
 from gemini.policy import Policy
 from gemini.profile import HardwareProfile
-from gemini.schedule import Run
 from gemini.segment import Placement
 from gemini.timeline import Prediction, replay, required_bytes
 from gemini.trace import Moment, Trace
@@ -23,7 +25,8 @@ from zero.errors import UserError
 from zero.optim.coded import SPEEDS
 from zero.optim.formats import FORMATS, FP32
 from zero.planning import DryRun, PlannedRun, decide
-from zero.updating import wants_early_updates
+from zero.setup import policy_for
+from zero.updating import begins_updates_early
 
 logger = logging.getLogger("zero")
 
@@ -52,6 +55,8 @@ class Machine:
         host_bytes: memory of the host that the run may take.
         num_ranks: processes, each with a device.
         num_local_ranks: of them on one machine.
+        device: its kind.
+        is_here: whether it is this one, whose disk can be asked for its room.
     """
 
     profile: HardwareProfile
@@ -59,11 +64,13 @@ class Machine:
     host_bytes: int
     num_ranks: int = 1
     num_local_ranks: int = 1
+    device: type[Device] = AcceleratorDevice
+    is_here: bool = False
 
     @property
     def shared_profile(self) -> HardwareProfile:
-        """Rates of one rank, where several share the host's memory and cores; measured ones are of all at once."""
-        if self.num_local_ranks == 1 or self.profile.measured:
+        """Rates of one rank, where several share the host's memory, cores and disk; the profile is of one by itself."""
+        if self.num_local_ranks == 1:
             return self.profile
         return replace(
             self.profile,
@@ -80,12 +87,14 @@ class Forecast:
 
     Attributes:
         planned: where everything is; without a plan it does not fit.
+        policy: that it was planned with.
         step_s: from one update to the next; 0 if it does not fit.
         num_tokens: of a step, over all ranks.
         limits: what takes time, and how many seconds of a step it works, the busiest first.
     """
 
     planned: PlannedRun
+    policy: Policy
     step_s: float
     num_tokens: int
     limits: list[tuple[str, float]]
@@ -120,19 +129,12 @@ class Change:
 
 def policy_of(config: Config, machine: Machine, dry: DryRun) -> Policy:
     """The config's policy on a machine, for the chunks of a dry run."""
-    memory = config.memory
     early_bytes = 0
-    if machine.num_ranks == 1 and wants_early_updates(config, on_accelerator=True):
-        spare_bytes = machine.host_bytes - host_bytes(dry.facts, [Placement() for _ in dry.facts])
+    if machine.num_ranks == 1 and begins_updates_early(config, machine.device):
+        facts = dry.facts if config.memory.disk is None else spill(dry.facts, machine.host_bytes)
+        spare_bytes = machine.host_bytes - host_bytes(facts, [Placement() for _ in facts])
         early_bytes = max(0, min(spare_bytes // 2, sum(fact.companion_bytes for fact in dry.facts)))
-    return Policy(
-        memory.policy,
-        memory.resident_parameters,
-        memory.resident_optimizer,
-        machine.shared_profile,
-        None if memory.prefetch == "auto" else memory.prefetch,
-        Run(config.train.gradient_accumulation_steps, early_bytes=early_bytes),
-    )
+    return policy_for(config, machine.device, machine.shared_profile, early_bytes)
 
 
 def forecast(config: Config, dry: DryRun, machine: Machine) -> Forecast:
@@ -148,30 +150,51 @@ def forecast(config: Config, dry: DryRun, machine: Machine) -> Forecast:
 
 
 def _forecast(config: Config, policy: Policy, dry: DryRun, machine: Machine, num_rows: int) -> Forecast:
-    planned = decide(config, policy, dry, machine.capacity_bytes, machine.host_bytes, machine.num_local_ranks)
+    host = (machine.host_bytes, machine.num_local_ranks, machine.is_here)
+    planned = decide(config, policy, dry, machine.capacity_bytes, *host)
     num_tokens = num_rows * config.data.seq_length * policy.run.num_micro_batches * machine.num_ranks
     if planned.plan is None:
-        return Forecast(planned, 0.0, num_tokens, [])
+        return Forecast(planned, policy, 0.0, num_tokens, [])
     busy_s = planned.plan.predicted_busy_s
     limits = sorted(((name, busy_s[lane]) for lane, name in _LIMITS.items()), key=lambda pair: -pair[1])
-    return Forecast(planned, planned.plan.predicted_step_s, num_tokens, limits)
+    return Forecast(planned, policy, planned.plan.predicted_step_s, num_tokens, limits)
 
 
-def schedule_of(config: Config, dry: DryRun, machine: Machine, found: Forecast) -> Clock:
-    """When everything happens in one step of a forecast that fits, for a picture."""
-    plan = found.planned.require()
-    policy = policy_of(config, machine, dry)
+def schedule_of(machine: Machine, found: Forecast) -> tuple[list[Span], float]:
+    """When everything happens in one step of a forecast that fits, for a picture.
+
+    Args:
+        machine: that it is for.
+        found: the forecast.
+
+    Returns:
+        What happens, from the step's begin on, and how many seconds of the step it is: of a step of many micro-batches,
+        which are alike, only the first are walked through.
+    """
+    plan, dry = found.planned.require(), found.planned.dry
     prediction: Prediction = replay(
-        found.planned.dry.facts,  # of which some may lie on disk
+        dry.facts,
         plan.placements,
         dry.trace,
         machine.capacity_bytes,
-        policy.profile,
+        found.policy.profile,
         prefetch_depth=plan.prefetch_depth,
-        run=policy.run,
+        run=found.policy.run,
         draws=True,
     )
-    return prediction.clock
+    # Where updates begin inside backward a step before it was walked through as well.
+    begin_s = max(0.0, prediction.clock.host_s - prediction.step_s)
+    spans = [_since(span, begin_s) for span in prediction.clock.spans or () if span.stop_s > begin_s]
+    return spans, prediction.clock.host_s - begin_s
+
+
+def _since(span: Span, begin_s: float) -> Span:
+    """The part of a span from some moment on, which is the new zero."""
+    start_s, length_s = max(0.0, span.start_s - begin_s), span.stop_s - span.start_s
+    stop_s = span.stop_s - begin_s
+    return replace(
+        span, start_s=start_s, stop_s=stop_s, num_bytes=round(span.num_bytes * (stop_s - start_s) / length_s)
+    )
 
 
 # -- what would help -------------------------------------------------------------------------------------------------
@@ -216,7 +239,7 @@ def _neighbours(config: Config, dry: DryRun, machine: Machine) -> Iterator[Chang
         yield Change("train.gradient_checkpointing", "true" if is_off else "false", other, note)
     yield from _other_states(config, dry, machine)
     yield from _other_walks(config, dry, machine)
-    if policy.name != "auto":
+    if config.memory.policy != "auto":
         yield Change("memory.policy", '"auto"', _forecast(config, replace(policy, name="auto"), dry, machine, rows))
     if policy.prefetch_depth is not None:
         chosen = _forecast(config, replace(policy, prefetch_depth=None), dry, machine, rows)
@@ -238,7 +261,8 @@ def _other_states(config: Config, dry: DryRun, machine: Machine) -> Iterator[Cha
             yield Change("precision.optimizer_state", f'"{name}"', found, note)
     if config.memory.disk is None and host_bytes(dry.facts, [Placement() for _ in dry.facts]) > _share_bytes(machine):
         spilling = load_config(config, {"memory": {"disk": tempfile.gettempdir()}})
-        found = _forecast(spilling, policy_of(spilling, machine, dry), dry, machine, rows)
+        roomy = replace(machine, is_here=False)  # whatever folder it will be
+        found = _forecast(spilling, policy_of(spilling, roomy, dry), dry, roomy, rows)
         yield Change("memory.disk", "a folder", found, "at the speed of the disk")
 
 

@@ -95,7 +95,7 @@ class PlannedRun:
     """What a dry run found, and what was decided from it.
 
     Attributes:
-        dry: what the passes need.
+        dry: what the passes need, on the device that it was planned for.
         plan: what the policy decided for the device's capacity; None if it does not fit.
         refusal: why not, if it does not fit.
         host_bytes: model data that the plan keeps on the host; of the all-offloaded one if it does not fit.
@@ -270,12 +270,24 @@ def decide(
     capacity_bytes: int,
     host_available_bytes: int | None = None,
     num_local_ranks: int = 1,
+    checks_disk: bool = True,
 ) -> PlannedRun:
-    """The policy's answer for a capacity, and what the host must hold for each of the ranks that share it."""
+    """The policy's answer for a capacity, and what the host must hold for each of the ranks that share it.
+
+    Args:
+        config: of the run.
+        policy: that decides.
+        dry: what the passes need.
+        capacity_bytes: of the device.
+        host_available_bytes: of the machine; by default what this one has free.
+        num_local_ranks: that share host and disk.
+        checks_disk: whether ``memory.disk`` is on this machine, which tells how much room there is.
+    """
     available_bytes = host_available_bytes or host_memory().available_bytes
     limit_bytes = min(available_bytes, config.memory.host or available_bytes) // num_local_ranks
     if config.memory.disk is not None:
         dry = replace(dry, facts=spill(dry.facts, limit_bytes))
+    dry = replace(dry, trace=_on_device(dry, capacity_bytes))
     plan: Plan | None = None
     refusal: DoesNotFitError | None = None
     try:
@@ -288,7 +300,7 @@ def decide(
     if refusal is None and peak_bytes > limit_bytes:
         refusal = _host_refusal(policy, rows, peak_bytes, limit_bytes)
     on_disk = disk_bytes(dry.facts, [Placement() for _ in dry.facts] if policy.name == "auto" else placements)
-    if refusal is None and config.memory.disk is not None:
+    if refusal is None and config.memory.disk is not None and checks_disk:
         refusal = _disk_refusal(config.memory.disk, on_disk * num_local_ranks)
     if refusal is not None:
         plan = None
@@ -296,10 +308,17 @@ def decide(
     return PlannedRun(dry, plan, refusal, *staying)
 
 
+def _on_device(dry: DryRun, capacity_bytes: int) -> Trace:
+    """The trace with what depends on the device; the dry run's own may serve for others beside it."""
+    return replace(
+        dry.trace,
+        step_peak_bytes=step_bytes(dry.facts, dry.update_bytes_per_numel, capacity_bytes),
+        streamed_piece_numel=update_piece_numel(dry.facts, dry.fuses, capacity_bytes),
+    )
+
+
 def _plan(policy: Policy, dry: DryRun, capacity_bytes: int) -> Plan:
     """The plan for the training pass, an evaluation batch having been found to fit as well."""
-    dry.trace.step_peak_bytes = step_bytes(dry.facts, dry.update_bytes_per_numel, capacity_bytes)
-    dry.trace.streamed_piece_numel = update_piece_numel(dry.facts, dry.fuses, capacity_bytes)
     try:
         plan = policy.decide(dry.facts, dry.trace, capacity_bytes)
     except DoesNotFitError as error:

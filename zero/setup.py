@@ -26,7 +26,7 @@ from gemini.layout import ChunkLayout, ParameterSpec, UnitSpec, build_layout, is
 from gemini.manager import Manager
 from gemini.plan import ChunkFacts, chunk_facts, host_bytes
 from gemini.policy import Policy
-from gemini.profile import named_profile
+from gemini.profile import HardwareProfile, named_profile
 from gemini.schedule import Run
 from gemini.segment import Placement
 from gemini.simulated import SimulatedDevice, StreamOrder
@@ -86,13 +86,24 @@ def make_policy(config: Config, device: Device, exchange: Exchange = ALONE, earl
         exchange: with the other ranks.
         early_bytes: host memory for what updates inside backward overwrite, if it is the same on all ranks.
     """
+    return policy_for(config, device, profile_of(config, device, exchange), early_bytes)
+
+
+def policy_for(config: Config, device: Device | type[Device], profile: HardwareProfile, early_bytes: int = 0) -> Policy:
+    """The policy that ``[memory]`` names, for a device of some kind that need not be there.
+
+    Args:
+        config: of the run.
+        device: the device, or its class.
+        profile: rates.
+        early_bytes: as in :func:`make_policy`.
+    """
     memory = config.memory
-    name = "cuda" if memory.policy == "auto" and isinstance(device, HostDevice) else memory.policy
     return Policy(
-        name,
+        "cuda" if memory.policy == "auto" and device.is_host else memory.policy,
         memory.resident_parameters,
         memory.resident_optimizer,
-        profile_of(config, device, exchange),
+        profile,
         None if memory.prefetch == "auto" else memory.prefetch,
         Run(config.train.gradient_accumulation_steps, device.most_bytes_on_way, early_bytes=early_bytes),
         spares_memory=device.is_host,

@@ -103,13 +103,14 @@ def updates_allowed(optimizer: ZeroOptimizer | None, factor: float | None) -> co
 
 def early_bytes(config: Config, queue: HostQueue, managed: Managed) -> int:
     """Host memory for what updates inside backward overwrite: none where they cannot run beside it."""
-    on_accelerator = isinstance(managed.manager.device, AcceleratorDevice)
-    if not wants_early_updates(config, on_accelerator) or not queue.runs_beside:
+    if not begins_updates_early(config, type(managed.manager.device)) or not queue.runs_beside:
         return 0
     return max(0, min(managed.spare_host_bytes // 2, sum(fact.companion_bytes for fact in managed.facts)))
 
 
-def wants_early_updates(config: Config, on_accelerator: bool) -> bool:
-    """Whether updates are to begin inside backward, as far as the config says."""
-    wish = on_accelerator if config.optimizer.early == "auto" else config.optimizer.early
-    return wish and config.train.max_grad_norm is None
+def begins_updates_early(config: Config, device: type[Device]) -> bool:
+    """Whether updates begin inside backward on a kind of device, as far as the config says."""
+    workers, early = config.optimizer.num_workers, config.optimizer.early
+    runs_beside = not device.is_host if workers is None else workers > 0
+    wish = issubclass(device, AcceleratorDevice) if early == "auto" else early
+    return wish and runs_beside and config.train.max_grad_norm is None

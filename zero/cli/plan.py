@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from gemini.accelerator import AcceleratorDevice
 from gemini.plan import ChunkFacts, Plan
 from gemini.profile import named_profile, neighbours
 from gemini.units import format_bytes
@@ -69,7 +70,7 @@ def plan_text(config: Config, wish: Wish | None = None) -> tuple[str, bool]:
         parts += _advice(config, dry, machine, found)
     if planned.refusal is not None:
         return "\n\n".join([*parts, str(planned.refusal)]), False
-    written = _write(config, dry, machine, found, wish, title)
+    written = _write(machine, found, wish, title)
     return "\n\n".join([*parts, *written, "it fits"]), True
 
 
@@ -87,7 +88,8 @@ def _machine(config: Config, wish: Wish) -> tuple[Machine, str]:
     device = make_device(config)
     try:
         profile = measured_profile(device, disk=config.memory.disk) if wish.on == "this" else profile_of(config, device)
-        return Machine(profile, device.capacity_bytes, host_bytes, num_ranks, num_ranks), device.name
+        ranks = (num_ranks, num_ranks)
+        return Machine(profile, device.capacity_bytes, host_bytes, *ranks, type(device), is_here=True), device.name
     finally:
         device.close()
 
@@ -129,7 +131,7 @@ def _advice(config: Config, dry: DryRun, machine: Machine, found: Forecast) -> l
         if card is machine.profile:
             table.append(_card_line(config, dry, machine, found))
         elif card is not None:
-            there = replace(machine, profile=card, capacity_bytes=card.capacity_bytes)
+            there = replace(machine, profile=card, capacity_bytes=card.capacity_bytes, device=AcceleratorDevice)
             table.append(_card_line(config, dry, there, forecast(config, dry, there)))
     parts.append(f"smaller and larger cards\n{text_columns(table, right_aligned=('memory', 'step', 'tokens/s'))}")
     return parts
@@ -143,14 +145,16 @@ def _card_line(config: Config, dry: DryRun, machine: Machine, found: Forecast) -
     return (machine.profile.name, format_bytes(machine.capacity_bytes), *figures, str(most))
 
 
-def _write(config: Config, dry: DryRun, machine: Machine, found: Forecast, wish: Wish, title: str) -> list[str]:
+def _write(machine: Machine, found: Forecast, wish: Wish, title: str) -> list[str]:
     if wish.timeline is None and wish.trace is None:
         return []
-    spans = schedule_of(config, dry, machine, found).spans or []
+    spans, shown_s = schedule_of(machine, found)
     title = f"{title}: {step_text(found.step_s)} a step, predicted"
+    if shown_s < 0.999 * found.step_s:
+        title += f"; the first {step_text(shown_s)}"
     said = []
     if wish.timeline is not None:
-        draw_timeline(wish.timeline, spans, title, found.step_s)
+        draw_timeline(wish.timeline, spans, title, shown_s)
         said.append(f"schedule drawn to {wish.timeline}")
     if wish.trace is not None:
         write_trace(wish.trace, spans, title)

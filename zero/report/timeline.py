@@ -1,7 +1,7 @@
 """A plan's predicted schedule, as a picture and as a trace for Perfetto (or chrome://tracing).
 
-One lane for each of what works at the same time: the device, the link both ways, updates on the host, and where the
-program itself waits.
+One lane for each of what works at the same time: the device, the link both ways, updates on the host, the disk, the
+exchange between ranks, and where the program itself waits.
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemini.clock import COMPUTE, IN, LANES, OUT, UPDATE, WAIT, Span
+from gemini.clock import COMPUTE, DISK, EXCHANGE, IN, LANES, OUT, UPDATE, WAIT, Span
 from gemini.units import format_bytes
 from zero.errors import UserError
 from zero.report.scale import format_duration
 
-_COLOURS = {COMPUTE: "#0072B2", IN: "#56B4E9", OUT: "#D55E00", UPDATE: "#CC79A7", WAIT: "#C9CDD1"}
+_COLOURS = {
+    COMPUTE: "#0072B2",
+    IN: "#56B4E9",
+    OUT: "#D55E00",
+    UPDATE: "#CC79A7",
+    DISK: "#009E73",
+    EXCHANGE: "#8C6D31",
+    WAIT: "#C9CDD1",
+}
 _BACKWARD_COLOUR, _DEVICE_UPDATE_COLOUR = "#0B3C5D", "#F0B93A"
 _DPI = 140
 
@@ -62,14 +70,14 @@ def _event(span: Span, number: int) -> dict[str, Any]:
     return event
 
 
-def draw_timeline(path: Path, spans: Sequence[Span], title: str, step_s: float) -> None:
+def draw_timeline(path: Path, spans: Sequence[Span], title: str, shown_s: float) -> None:
     """Draws the schedule.
 
     Args:
         path: of the picture; its suffix says the format.
         spans: what takes time.
         title: above it.
-        step_s: of the step, for the share of it that each lane works.
+        shown_s: seconds of the step that these are, for the share of them in which each lane works.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -86,13 +94,13 @@ def draw_timeline(path: Path, spans: Sequence[Span], title: str, step_s: float) 
         of_lane = [span for span in spans if span.lane == lane]
         bars = [(span.start_s, span.stop_s - span.start_s) for span in of_lane]
         axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=[_colour(span) for span in of_lane], linewidth=0)
-        share = sum(length for _, length in bars) / step_s if step_s else 0.0
+        share = sum(length for _, length in bars) / shown_s if shown_s else 0.0
         moved = sum(span.num_bytes for span in of_lane)
         note = f"{100 * share:.0f} %" + (f", {format_bytes(moved)}" if moved else "")
         axes.text(1.005, row, note, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set_yticks(range(len(LANES)), LANES)
     axes.invert_yaxis()
-    axes.set_xlim(0, max([step_s, *(span.stop_s for span in spans)]))
+    axes.set_xlim(0, max([shown_s, *(span.stop_s for span in spans)]))
     axes.set_xlabel("seconds of one step, from step() to step(): light blue forward, dark blue backward")
     axes.set_title(title, loc="left", fontsize=10)
     for side in ("top", "right", "left"):
