@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
 
+import zero.probing
 from gemini.device import HostDevice
 from gemini.probe import cache_path, cached_profile, keep_profile, machine_key, probe
 from gemini.profile import NAMED, HardwareProfile, named_profile, neighbours
@@ -159,6 +161,32 @@ def test_ranks_measure_at_the_same_time_and_agree() -> None:
         assert getattr(again, name) > 0
 
 
+def measure_unlike(folder: str, fails: bool) -> HardwareProfile:
+    """The second rank cannot write to the folder whose disk is measured, or has no room for an update."""
+    world = join(60.0)
+    if world is not None and world.rank == 1:
+        folder += "/file/inside"
+        if fails:
+            zero.probing.host_update = _has_no_room
+    return measured_profile(HostDevice(), world, disk=folder)
+
+
+def _has_no_room(numel: int) -> Callable[[], None]:
+    raise torch.OutOfMemoryError(f"no room for {numel} elements")
+
+
+def test_a_rank_that_cannot_measure_its_disk_keeps_nobody_waiting(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    first, other = run_ranks(measure_unlike, 2, str(tmp_path), False)
+    check(first)
+    assert first == other
+
+
+def test_where_one_rank_can_only_guess_all_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert run_ranks(measure_unlike, 2, str(tmp_path), True) == [HardwareProfile()] * 2
+
+
 def test_the_slowest_of_each_counts() -> None:
     one = dataclasses.replace(HardwareProfile(), h2d_bytes_per_s=1.0, launch_s=1.0)
     two = dataclasses.replace(HardwareProfile(), d2h_bytes_per_s=2.0, launch_s=3.0)
@@ -204,7 +232,13 @@ class TestCommand:
         assert main(["probe", "--json", "--device.type", "cpu"]) == 0
         assert capsys.readouterr().out == first, "known from the first time"
 
-    @pytest.mark.parametrize("words", [["--train.max_steps", "3"], ["--device.type", "cud"], ["--agian"]])
+    def test_the_disk_where_a_folder_is_named(self, tmp_path: Path, capsys: Output) -> None:
+        assert main(["probe", "--device.type", "cpu", "--memory.disk", str(tmp_path / "disk")]) == 0
+        assert "disk, reading" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "words", [["--train.max_steps", "3"], ["--memory.host", "1GiB"], ["--device.type", "cud"], ["--agian"]]
+    )
     def test_bad_words_are_refused(self, words: list[str], capsys: Output) -> None:
         assert main(["probe", *words]) == 2
         assert capsys.readouterr().err

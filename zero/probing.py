@@ -21,6 +21,8 @@ from zero.world import World
 
 logger = logging.getLogger("zero")
 
+_NOT_MEASURED = "this machine could not be measured, plans are made with assumed rates"
+
 
 def profile_of(config: Config, device: Device, exchange: Exchange = ALONE) -> HardwareProfile:
     """Rates that plans for a device are made with: of the card that the config names, else of an accelerator what is
@@ -62,7 +64,7 @@ def measured_profile(
     try:
         found = probe(device, host_update, disk=disk)
     except RuntimeError as error:  # a device that others have filled: a guess is better than no run
-        logger.warning("this machine could not be measured, plans are made with assumed rates: %s", error)
+        logger.warning("%s: %s", _NOT_MEASURED, error)
         return HardwareProfile()
     keep_profile(key, found)
     return found
@@ -74,11 +76,59 @@ def _together(
     """The slowest rank's figures: all ranks must make the same plan."""
     with world.operation("measuring the machine"):
         if not all(world.all_gather_object(found is not None)):
-            found = probe(device, host_update, lambda: dist.barrier(group=world.control), disk)
-            if world.place.local_rank == 0:
+            found = _measured_in_step(device, world, disk)
+            if found is not None and world.place.local_rank == 0:
                 keep_profile(key, found)
-        said = world.all_gather_object(dataclasses.asdict(found) if found is not None else {})
+        said = world.all_gather_object(None if found is None else dataclasses.asdict(found))
+    if None in said:  # where one could only guess, all do
+        return HardwareProfile()
     return slowest([HardwareProfile(**figures) for figures in said])
+
+
+def _measured_in_step(device: Device, world: World, disk: str | None) -> HardwareProfile | None:
+    """Measures beside the others; None where this rank cannot, as on a device that is full."""
+    meeting, found = _Meeting(world), None
+    try:
+        found = probe(device, host_update, meeting.meet, disk)
+    except RuntimeError as error:
+        if meeting.is_broken:
+            raise
+        logger.warning("%s: %s", _NOT_MEASURED, error)
+    meeting.wait_for_others()
+    return found
+
+
+class _Meeting:
+    """Ranks that meet before each measurement, though one may have fewer of them than another.
+
+    Args:
+        world: the ranks.
+
+    Attributes:
+        is_broken: another rank did not come.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.is_broken = False
+
+    def meet(self) -> None:
+        """All are about to measure, or are done."""
+        self._anyone_measures(True)
+
+    def wait_for_others(self) -> None:
+        """This one is done: it goes on meeting the others until all are."""
+        while self._anyone_measures(False):
+            pass
+
+    def _anyone_measures(self, measures: bool) -> bool:
+        anyone = torch.tensor([int(measures)])
+        try:
+            dist.all_reduce(anyone, dist.ReduceOp.MAX, group=self._world.control)
+        except RuntimeError:
+            self.is_broken = True
+            raise
+        return bool(anyone)
 
 
 def slowest(profiles: list[HardwareProfile]) -> HardwareProfile:

@@ -90,9 +90,10 @@ def plan(arguments: argparse.Namespace, rest: list[str]) -> int:
 def probe(arguments: argparse.Namespace, rest: list[str]) -> int:
     """``zero probe``: what this machine can do, as one process or as ranks."""
     overrides = parse_overrides(rest)
-    unread = sorted(set(overrides) - {"device"})
+    given = [f"{table}.{key}" for table, keys in overrides.items() for key in keys]
+    unread = sorted(key for key in given if not key.startswith("device.") and key != "memory.disk")
     if unread:
-        raise UserError(f"--{unread[0]}.*: zero probe does not read it; it reads --device.*")
+        raise UserError(f"--{unread[0]}: zero probe does not read it; it reads --device.* and --memory.disk")
     config = load_config(None, overrides)
     if start_ranks(arguments):
         return launch(arguments, config)

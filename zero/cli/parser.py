@@ -114,11 +114,12 @@ def _add_probe(verbs: Verbs) -> None:
     probe = verbs.add_parser(
         "probe",
         help="measure this machine: link, memory, update rates, matrix products",
-        usage="zero probe [--nprocs N] [--json] [--again] [--device.key value ...]",
+        usage="zero probe [--nprocs N] [--json] [--again] [--device.key value ...] [--memory.disk FOLDER]",
         description="""\
 Measures in about a second what plans are made from: the link both ways, alone and together, host memory, AdamW on host
-and device, matrix products. What was found is kept for this device, processor, number of threads and torch. With --nprocs
-N all processes measure at the same time, as they will run, and the slowest counts.""",
+and device, matrix products; with --memory.disk the disk of that folder as well. What was found is kept for this device,
+processor, number of threads and torch. With --nprocs N all processes measure at the same time, as they will run, and the
+slowest counts.""",
         splitter=keys_aside,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
