@@ -115,6 +115,9 @@ class Reaching(nn.Module):
             hidden = layer(hidden)
             if self.how == "in place":
                 hidden.mul_(2.0)
+            elif self.how == "in place by a word":
+                before, hidden = hidden, nn.functional.relu(hidden, inplace=True)
+                hidden = hidden + before
         if self.how == "unseen":  # torch functions are watched, these are not
             hidden = _Unseen.apply(hidden)
         elif self.how == "unseen and seen":
@@ -152,6 +155,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "dropout-opt": MODELS["opt-pre-norm"],
     "tangled": _seeded(Tangled),
     "in place": _seeded(lambda: Reaching("in place")),
+    "in place by a word": _seeded(lambda: Reaching("in place by a word")),
     "unseen": _seeded(lambda: Reaching("unseen")),
     "unseen and seen": _seeded(lambda: Reaching("unseen and seen")),
 }

@@ -40,6 +40,7 @@ from tests.sampled import sampled
 from zero.cli.main import main
 from zero.errors import UserError
 from zero.report.metrics import read_metrics
+from zero.turns import Turns
 
 full = pytest.mark.full
 _QUICK = [("llama", "bf16", "non_reentrant"), ("gpt2", "fp32", None)]
@@ -382,13 +383,33 @@ def test_a_ctrl_c_while_a_micro_batch_runs(request: pytest.FixtureRequest) -> No
     _goes_on(engine, whole)
 
 
-def test_what_cannot_be_cut_says_so() -> None:
-    whole = recipe("in place")
-    engine = make_engine(whole)
-    with pytest.raises(UserError, match='train.accumulation_order = "batch"'):
+def test_a_second_ctrl_c_while_threads_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are ended all the same, and the engine knows that the window is over."""
+    whole = recipe("llama")
+    engine = make_engine(whole, int(_least("llama") * 1.2))
+    end, seen = Turns.end, []
+
+    def interrupted(turns: Turns) -> None:
+        end(turns)
+        seen.append(turns)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Turns, "end", interrupted)
+    handle = engine.module.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(KeyboardInterrupt):
         engine.run_window(windows(whole)[0])
-    engine.close()
-    whole = recipe("unseen and seen")
+    assert len(seen) == WINDOW
+    monkeypatch.undo()
+    handle.remove()
+    engine.zero_grad()
+    engine.check_integrity()
+    _goes_on(engine, whole)
+
+
+@pytest.mark.parametrize("name", ["in place", "in place by a word", "unseen and seen"])
+def test_what_cannot_be_cut_says_so(name: str) -> None:
+    whole = recipe(name)
     engine = make_engine(whole)
     with pytest.raises(UserError, match='train.accumulation_order = "batch"'):
         engine.run_window(windows(whole)[0])
@@ -408,7 +429,11 @@ def test_refusals() -> None:
         engine.run_window(whole.batches[:2])
     with pytest.raises(UserError, match="engine.backward"):
         engine.run_window(whole.batches[:2], loss=lambda output, batch: 3.0)  # type: ignore[arg-type, return-value]
+    with engine.gathered_parameters(), pytest.raises(UserError, match="leave it first"):
+        engine.run_window(whole.batches[:2])
     _goes_on(engine, whole)
+    with pytest.raises(UserError, match="the engine was closed"):
+        engine.run_window(whole.batches[:2])
 
 
 def test_one_micro_batch_and_one_after_the_other_in_between() -> None:

@@ -136,13 +136,15 @@ class Cutting(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         replaced = tuple(map(self._cut, args))
-        if args and replaced[0] is not args[0] and _writes(name):
+        is_cut = bool(args) and replaced[0] is not args[0]
+        if is_cut and (_writes(name) or kwargs.get("inplace")):
             raise UserError(
                 f"train.accumulation_order: {name} changes a result of an earlier layer in place, which cannot be "
                 f"followed; {_REMEDY}"
             )
-        return func(*replaced, **{key: self._cut(value) for key, value in (kwargs or {}).items()})
+        return func(*replaced, **{key: self._cut(value) for key, value in kwargs.items()})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -150,14 +150,21 @@ class Window:
             failure = error
             raise
         finally:
-            self._end_threads()
+            was_interrupted = self._end_threads()
             self._hooks.end_window(failure)
             failure = None  # whose traceback refers to this frame
+            if was_interrupted:
+                raise KeyboardInterrupt
 
-    def _end_threads(self) -> None:
-        """The one that may be in the middle of a turn first."""
+    def _end_threads(self) -> bool:
+        """All of them, the one that may be in the middle of a turn first; whether somebody pressed Ctrl-C meanwhile."""
+        was_interrupted = False
         for micro in sorted(self._micro, key=lambda micro: micro is not self._running):
-            micro.turns.end()
+            try:
+                micro.turns.end()
+            except KeyboardInterrupt:
+                was_interrupted = True
+        return was_interrupted
 
     def _forward(self) -> None:
         waiting = list(self._micro)

@@ -52,7 +52,8 @@ class WindowVerbs:
             The losses as the model gave them, scalars on the device.
 
         Raises:
-            UserError: too many micro-batches, or a model whose layers cannot be taken apart.
+            UserError: too many micro-batches, a model whose layers cannot be taken apart, an engine that was closed, or
+                one inside of ``gathered_parameters()``.
             gemini.plan.DoesNotFitError: no placement lets these micro-batches run together on the device.
         """
         return _run_window(cast("Engine", self), batches, weights, loss)
@@ -92,6 +93,7 @@ def _forget(engine: Engine) -> None:
 
 
 def _require_window(engine: Engine, batches: Sequence[Batch], weights: Sequence[float] | None) -> None:
+    engine._require_placed()
     most = engine.config.train.gradient_accumulation_steps
     if not 1 <= len(batches) <= most:
         raise UserError(

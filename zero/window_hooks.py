@@ -32,6 +32,7 @@ class WindowHooks(ModelHooks):
 
     def begin_window(self, batch_shape: tuple[int, ...], with_labels: bool, sums: GradientSums) -> None:
         """Several forwards, each in a thread of its own, and their backward are about to run as one pass."""
+        self.settle_interrupted_forward()
         settle_gradients(self._tensors.values())
         self._callback_queued = False
         self._planner.pass_begins(True, batch_shape, self.graph_pending)
