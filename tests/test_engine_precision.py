@@ -229,3 +229,19 @@ def test_scale_that_is_no_power_of_two() -> None:
     run, want = run_engine(whole, **CPU), run_plain(whole)
     assert run.losses == pytest.approx(want.losses, rel=1e-4)
     assert run.norms == pytest.approx(want.norms, rel=1e-4)
+
+
+def test_a_scaled_backward_that_was_forgotten_does_not_count_for_one_of_the_users_own() -> None:
+    whole = recipe("llama", dtype="fp16", scale=1024.0)
+    engine = make_engine(whole, **CPU)
+    engine.backward(engine(**whole.batches[0]).loss)
+    engine.zero_grad()
+    engine(**whole.batches[0]).loss.backward()
+    engine.step()
+    own_norm = engine.grad_norm
+    engine.close()
+    engine = make_engine(whole, **CPU)
+    engine(**whole.batches[0]).loss.backward()
+    engine.step()
+    assert own_norm == engine.grad_norm
+    engine.close()

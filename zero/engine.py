@@ -317,6 +317,7 @@ class Engine(WindowVerbs):
         self._require_open()
         if self._micro_step != 0:
             return
+        self._applied_scale = 1.0
         self._hooks.settle_failed_pass()
         had_any = any(tensor.has_gradient for tensor in self._tensors.values())
         if had_any:
