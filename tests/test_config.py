@@ -271,6 +271,27 @@ def test_settings_without_effect_are_said_not_swallowed(caplog: pytest.LogCaptur
         assert key in caplog.text
 
 
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"optimizer": {"early": True}, "train": {"max_grad_norm": 1.0}},
+        {"optimizer": {"early": True}, "train": {"gradient_accumulation_steps": 2}},
+        {"optimizer": {"early": True, "workers": 0}},
+    ],
+)
+def test_updates_inside_backward_that_cannot_be_had_are_said_not_swallowed(tables: dict[str, Any]) -> None:
+    assert has_line(list(load_config(tables).notes), ["optimizer.early = true: has no effect with"])
+    assert not load_config({"optimizer": {"early": True}}).notes
+
+
+def test_an_order_of_one_micro_batch_is_said_to_be_none() -> None:
+    notes = load_config({"train": {"accumulation_order": "layer"}}).notes
+    assert has_line(
+        list(notes), ["train.accumulation_order", "has no effect with train.gradient_accumulation_steps = 1"]
+    )
+    assert not load_config({"train": {"accumulation_order": "layer", "gradient_accumulation_steps": 2}}).notes
+
+
 def test_config_is_read_only_and_can_be_loaded_again() -> None:
     config = load_config(GOOD)
     with pytest.raises(ValueError, match="frozen"):

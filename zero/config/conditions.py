@@ -72,6 +72,24 @@ CONDITIONS: tuple[Condition, ...] = (
         "how much gradients are clipped is known when the last has come; remove one of the two",
     ),
     Condition(
+        ("optimizer.early",),
+        "train.gradient_accumulation_steps",
+        lambda config: config.optimizer.early is not True or config.train.gradient_accumulation_steps == 1,
+        "a sum of gradients is known when the last has come; remove one of the two",
+    ),
+    Condition(
+        ("optimizer.early",),
+        "optimizer.workers",
+        lambda config: config.optimizer.early is not True or config.optimizer.workers != 0,
+        "without workers no update runs beside the program; remove one of the two",
+    ),
+    Condition(
+        ("train.accumulation_order",),
+        "train.gradient_accumulation_steps",
+        lambda config: config.train.accumulation_order == "batch" or config.train.gradient_accumulation_steps > 1,
+        "one micro-batch has no order; raise it or remove the key",
+    ),
+    Condition(
         ("scheduler.warmup_ratio", "scheduler.warmup_steps"),
         "scheduler.name",
         lambda config: config.scheduler.name != "constant",

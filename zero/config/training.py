@@ -114,7 +114,8 @@ class OptimizerSection(Section):
     early: bool | Literal["auto"] = "auto"
     """Where gradients are not clipped, begin updates inside backward. What they overwrite is kept, in at most half of the
     host memory that the model leaves free, until the step is known to be good: results are the same to the bit. `auto` is
-    true on a real accelerator, and false where nothing can be gained. Only with one process."""
+    true on a real accelerator, and false where nothing can be gained. Only with one process, without accumulation, and
+    with workers."""
 
     @property
     def num_workers(self) -> int | None:
@@ -213,7 +214,8 @@ class TrainSection(Section):
 
     compile: bool = False
     """Compile each block with torch.compile: faster steps after a first one that takes a minute or more. Results are those
-    of plain PyTorch up to rounding. Give zero.initialize() the model uncompiled."""
+    of plain PyTorch up to rounding. Give zero.initialize() the model uncompiled. A block with hooks on modules inside of it
+    stays as it is."""
 
     liger: bool = False
     """Compute norms, rotary positions and gated layers with Liger's Triton kernels (extra: pip install
