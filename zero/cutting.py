@@ -166,7 +166,7 @@ class Cutting(TorchFunctionMode):
 
 
 def _writes(name: str) -> bool:
-    """Whether a function changes its first argument for all who hold it; ``+=`` gives the caller a new name for it."""
+    """Whether a function changes its first argument for all who hold it; ``+=`` is ``add_`` here."""
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
