@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -213,20 +214,28 @@ class TestForecast:
         assert times == sorted(times, reverse=True)
         assert times[-1] < times[0]
 
-    @pytest.mark.parametrize("device", [{"type": "cpu", "memory": "null"}, {"type": "simulated", "memory": "4MiB"}])
-    def test_without_a_card_it_is_planned_as_the_run_will_be(self, device: dict[str, str], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("early", ["auto", True])
+    @pytest.mark.parametrize("device", [{"type": "cpu", "memory": "null"}, {"type": "simulated", "memory": "2MiB"}])
+    def test_without_a_card_it_is_planned_as_the_run_will_be(
+        self, device: dict[str, str], early: Any, tmp_path: Path
+    ) -> None:
         from zero.config.loading import for_trainer
-        from zero.setup import make_device, make_policy
+        from zero.setup import make_device
 
-        config = load_config(write_config(tmp_path), {"device": device})
+        config = load_config(
+            write_config(tmp_path), {"device": device, "optimizer": {"early": early}, "memory": {"host": "1GiB"}}
+        )
         own = make_device(config)
         machine, _ = _machine(config, Wish())
         dry = dry_run_of(for_trainer(config), None, None, 1)
-        assert policy_of(config, machine, dry) == make_policy(config, own)
+        policy = policy_of(config, machine, dry)
+        assert policy.name == ("cuda" if own.is_host else "auto")
+        assert policy.run.has_early_updates == (early is True and not own.is_host)
         want, got = plan_run(config, own).require(), forecast(for_trainer(config), dry, machine).planned.require()
         own.close()
         assert got.placements == want.placements
         assert got.predicted_device_peak_bytes == want.predicted_device_peak_bytes
+        assert got.predicted_step_s == want.predicted_step_s
 
     def test_the_disk_of_this_machine_counts_for_no_other(
         self, dry: DryRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from gemini.accelerator import AcceleratorDevice
 from gemini.clock import COMPUTE, DISK, EXCHANGE, IN, ISSUE, OUT, UPDATE, Span
 from gemini.device import Device
-from gemini.homes import spill
 from gemini.hostinfo import host_memory
 from gemini.plan import ChunkFacts, host_bytes
 from gemini.policy import Policy
@@ -24,9 +23,8 @@ from zero.dryrun import CannotWalkError
 from zero.errors import UserError
 from zero.optim.coded import SPEEDS
 from zero.optim.formats import FORMATS, FP32
-from zero.planning import DryRun, PlannedRun, decide
+from zero.planning import DryRun, PlannedRun, decide, room_for_early_updates
 from zero.setup import policy_for
-from zero.updating import begins_updates_early
 
 logger = logging.getLogger("zero")
 
@@ -129,11 +127,7 @@ class Change:
 
 def policy_of(config: Config, machine: Machine, dry: DryRun) -> Policy:
     """The config's policy on a machine, for the chunks of a dry run."""
-    early_bytes = 0
-    if machine.num_ranks == 1 and begins_updates_early(config, machine.device):
-        facts = dry.facts if config.memory.disk is None else spill(dry.facts, machine.host_bytes)
-        spare_bytes = machine.host_bytes - host_bytes(facts, [Placement() for _ in facts])
-        early_bytes = max(0, min(spare_bytes // 2, sum(fact.companion_bytes for fact in dry.facts)))
+    early_bytes = room_for_early_updates(config, machine.device, dry, machine.host_bytes, machine.num_ranks)
     return policy_for(config, machine.device, machine.shared_profile, early_bytes)
 
 

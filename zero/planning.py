@@ -35,7 +35,7 @@ from zero.optim.fused import all_fused
 from zero.optim.update import step_bytes
 from zero.optimizers import build_optimizer
 from zero.setup import make_policy
-from zero.updating import fuses_by_default, update_bytes_per_numel, update_piece_numel
+from zero.updating import begins_updates_early, fuses_by_default, update_bytes_per_numel, update_piece_numel
 
 logger = logging.getLogger("zero")
 
@@ -152,8 +152,28 @@ def plan_run(
     config = for_trainer(config)
     num_ranks = num_ranks or config.parallel.data or 1
     dry = dry_run_of(config, tokenizer, evaluation_shape, num_ranks)
-    policy = make_policy(config, device)
+    free_bytes = host_available_bytes or host_memory().available_bytes
+    limit_bytes = min(free_bytes, config.memory.host or free_bytes)
+    early_bytes = room_for_early_updates(config, type(device), dry, limit_bytes, num_ranks)
+    policy = make_policy(config, device, early_bytes=early_bytes)
     return decide(config, policy, dry, device.capacity_bytes, host_available_bytes, num_local_ranks or num_ranks)
+
+
+def room_for_early_updates(config: Config, device: type[Device], dry: DryRun, limit_bytes: int, num_ranks: int) -> int:
+    """Host memory for what updates inside backward overwrite, in bytes: what :func:`zero.updating.early_bytes` will say.
+
+    Args:
+        config: of the run.
+        device: its kind.
+        dry: what the passes need.
+        limit_bytes: that the run may take.
+        num_ranks: processes: several have no such updates.
+    """
+    if num_ranks > 1 or not begins_updates_early(config, device):
+        return 0
+    facts = dry.facts if config.memory.disk is None else spill(dry.facts, limit_bytes)
+    spare_bytes = limit_bytes - host_bytes(facts, [Placement() for _ in facts])
+    return max(0, min(spare_bytes // 2, sum(fact.companion_bytes for fact in facts)))
 
 
 def dry_run_of(
