@@ -116,6 +116,34 @@ def test_on_the_host_ranks_do_not_keep_the_whole_model_gathered() -> None:
     assert all(rank["beyond"] < 0.6 for rank in sparing)
 
 
+def plans_beside_another_process() -> list[int]:
+    """What stays on the device in each of ten steps, on the first rank's device beside another process for a while."""
+    import torch.distributed as dist
+
+    import zero
+
+    model = make_model("opt")
+    config = {"device": {"type": "simulated", "memory": "400KiB"}, "parallel": {"replicate": "1B"}}
+    engine, *_ = zero.initialize(model, torch.optim.AdamW(model.parameters()), config=config)
+    staying = []
+    for step in range(10):
+        if dist.get_rank() == 0:
+            engine.device.others_bytes = engine.device.capacity_bytes // 4 if 2 <= step < 6 else 0
+        engine.zero_grad()
+        engine.backward(engine(**share(0, 0, dist.get_rank(), 2)).loss)
+        engine.step()
+        staying.append(engine.plan.resident_parameter_bytes + engine.plan.device_optimizer_bytes)
+    engine.close(keep_values=False)
+    return staying
+
+
+def test_ranks_keep_to_one_plan_while_another_process_is_beside_one_of_them() -> None:
+    first, other = run_ranks(plans_beside_another_process, 2)
+    assert first[4:6] == other[4:6]
+    assert first[8:] == other[8:] == first[1:2] + other[1:2]
+    assert first[5] < first[1], "else nothing had to go"
+
+
 def read(folder: str) -> dict[str, Any]:
     """Loads a folder; bytes that this rank read of it, and a digest of the model it got."""
     import torch.distributed as dist

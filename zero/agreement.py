@@ -173,10 +173,11 @@ class RankAgreement(Agreement):
     def share_plans(self, planner: PassPlanner) -> None:
         """Once a rank needs a new plan, or plans have come to differ: from the highest figures of all ranks."""
         with self._world.operation("agreeing on a plan"):
-            own = torch.tensor([planner.needs_plan, planner.plan_number, -planner.plan_number], dtype=torch.int64)
+            asks, number = planner.needs_plan or planner.has_news, planner.plan_number
+            own = torch.tensor([asks, number, -number], dtype=torch.int64)
             dist.all_reduce(own, dist.ReduceOp.MAX, group=self._world.control)
-            anyone_needs, highest, lowest = int(own[0]), int(own[1]), -int(own[2])
-            if not anyone_needs and (highest == lowest or (highest, lowest) == self._differed):
+            anyone_asks, highest, lowest = int(own[0]), int(own[1]), -int(own[2])
+            if not anyone_asks and (highest == lowest or (highest, lowest) == self._differed):
                 return  # differing once more, they would differ again: each serves the others all the same
             self._differed = (highest, lowest)
             bases = self._world.all_gather_object(planner.basis())

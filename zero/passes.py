@@ -38,6 +38,7 @@ class PassPlanner:
 
     Attributes:
         needs_plan: the next training pass makes a new plan first.
+        has_news: what other ranks' plans should be made from, too, has changed since they were told.
         step_bytes: temporaries of an update on the device, as far as they are known beforehand.
         streamed_piece_numel: see :attr:`gemini.trace.Trace.streamed_piece_numel`.
     """
@@ -47,7 +48,7 @@ class PassPlanner:
         self._facts = facts
         self._manager = manager
         self._device = device
-        self.needs_plan = False
+        self.needs_plan = self.has_news = False
         self.step_bytes = 0
         self.streamed_piece_numel = 0
         # Non-model bytes that lie on the device when a pass begins: the user holds the last loss, outputs, batches.
@@ -59,9 +60,9 @@ class PassPlanner:
         self._was_planned = False
         self._margin_bytes = 0
         self._planned_margin_bytes = 0
-        # Of the device, what other processes have taken.
+        # Of the device, what other processes have taken: as far as this rank has seen, and on the rank with the most.
+        self._seen_taken_bytes = 0
         self._taken_bytes = 0
-        self._planned_taken_bytes = 0
 
     def pass_begins(self, training: bool, batch_shape: tuple[int, ...], pending: bool) -> None:
         """A forward pass is about to run.
@@ -83,10 +84,11 @@ class PassPlanner:
         """Whether other processes have taken, or given back, so much of the device that another plan is needed."""
         slack_bytes = self._device.capacity_bytes // _OTHERS_SLACK
         taken_bytes = self._device.taken_bytes()
-        if taken_bytes > self._planned_taken_bytes or taken_bytes + 2 * slack_bytes < self._planned_taken_bytes:
+        if taken_bytes > self._seen_taken_bytes or taken_bytes + 2 * slack_bytes < self._seen_taken_bytes:
             # With some to spare, so that not every megabyte asks for a new plan.
-            self._taken_bytes = taken_bytes + slack_bytes if taken_bytes else 0
+            self._seen_taken_bytes = self._taken_bytes = taken_bytes + slack_bytes if taken_bytes else 0
             self.needs_plan |= self._manager.trace is not None
+            self.has_news = True
 
     def _prepare(self, training: bool, batch_shape: tuple[int, ...], pending: bool) -> None:
         trace = self._manager.trace
@@ -165,7 +167,7 @@ class PassPlanner:
             "trace": trace.to_json(),
             "held_bytes": max(self._held_bytes, self._traced_held_bytes),
             "margin_bytes": self._margin_bytes,
-            "taken_bytes": self._taken_bytes,
+            "taken_bytes": self._seen_taken_bytes,
         }
 
     def adopt(self, bases: list[dict[str, Any]]) -> None:
@@ -177,7 +179,7 @@ class PassPlanner:
         self._traced_held_bytes = max(basis["held_bytes"] for basis in bases)
         self._margin_bytes = max(basis["margin_bytes"] for basis in bases)
         self._taken_bytes = max(basis["taken_bytes"] for basis in bases)
-        self.needs_plan = True
+        self.needs_plan, self.has_news = True, False
 
     def _replan(self) -> None:
         self.needs_plan = False
@@ -190,7 +192,6 @@ class PassPlanner:
         margin_bytes = more_bytes + self._margin_bytes
         self._planned_margin_bytes = self._margin_bytes
         self._planned_held_bytes = self._traced_held_bytes + more_bytes
-        self._planned_taken_bytes = self._taken_bytes
         left_bytes = self._device.capacity_bytes - self._taken_bytes
         try:
             plan = self._policy.decide(self._facts, _with_more(trace, margin_bytes), left_bytes)
