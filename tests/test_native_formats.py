@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from native_helpers import ISAS, assert_same_bits, best_kernel, bits, make_grad
+from native_reference import torch_step
 from torch import Tensor
 
 from gemini.segment import MASTER
@@ -23,7 +24,6 @@ from zero.optim.formats import (
 )
 from zero.optim.native import NativeKernel, load_native
 from zero.optim.native_rules import AdamRule, LionRule
-from zero.optim.native_torch import torch_step
 
 NUMEL = 3 * BLOCK_NUMEL + 77
 INEXACT = [FORMATS["bf16"], FORMATS["8bit"]]

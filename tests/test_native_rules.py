@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from native_helpers import ISAS, assert_same_bits, best_kernel, bits, make_grad
+from native_reference import torch_step
 from torch import Tensor
 
 from zero.optim.elementwise import require_elementwise
 from zero.optim.lion import Lion
 from zero.optim.native import load_native
 from zero.optim.native_rules import AdamRule, LionRule, Rule, SgdRule
-from zero.optim.native_torch import torch_step
 
 NUMEL, NUM_STEPS = 1003, 100
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""The steps of the native kernel in torch, for machines where it cannot be built: the same states, a few times slower."""
+"""The steps of the native kernel written anew in torch, to hold it against: the same states, a few times slower."""
 
 from __future__ import annotations
 
