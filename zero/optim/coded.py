@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gemini.codec import Codec, Part
+from gemini.codec import Codec
 from gemini.segment import MASTER
 from gemini.tracker import StorageTracker
 from zero.config.schema import Config
@@ -36,7 +36,7 @@ class FormatCodec(Codec):
     def __init__(self, form: StateFormat, seed: int, index: int) -> None:
         self.form = form
         self.speed = SPEEDS.get(form.name, 1.0)
-        self.parts = tuple(Part(*buffer) for buffer in form.buffers)
+        self.parts = form.buffers
         self._seed = seed
         self._index = index
 

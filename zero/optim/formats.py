@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gemini.codec import Part
 from gemini.segment import MASTER, MASTER_LOW
 from zero.errors import ConfigError
 
@@ -35,18 +35,6 @@ BLOCK_NUMEL = 256
 _ABS, _INFINITY, _NAN = 0x7FFFFFFF, 0x7F800000, 0x7FC00000
 _MEAN_BASE, _SQUARE_BASE = 119 << 23, 111 << 23
 _WORD = 0xFFFFFFFF
-
-
-class Buffer(NamedTuple):
-    """One array of a format: its name, its dtype, and how many elements of the chunk share an entry."""
-
-    key: str
-    dtype: torch.dtype
-    block_numel: int = 1
-
-    def numel(self, numel: int) -> int:
-        """Entries for so many elements."""
-        return -(-numel // self.block_numel)
 
 
 @dataclass(frozen=True)
@@ -106,10 +94,10 @@ class StateFormat:
     name: str = "fp32"
     number: int = 0
     is_exact: bool = True
-    buffers: tuple[Buffer, ...] = (
-        Buffer(MASTER, torch.float32),
-        Buffer(MEAN, torch.float32),
-        Buffer(SQUARE, torch.float32),
+    buffers: tuple[Part, ...] = (
+        Part(MASTER, torch.float32),
+        Part(MEAN, torch.float32),
+        Part(SQUARE, torch.float32),
     )
     start_multiple: int = 1
 
@@ -155,7 +143,7 @@ class SplitFormat(StateFormat):
 
     name = "split"
     number = 1
-    buffers = (Buffer(MASTER_LOW, torch.int16), Buffer(MEAN, torch.float32), Buffer(SQUARE, torch.float32))
+    buffers = (Part(MASTER_LOW, torch.int16), Part(MEAN, torch.float32), Part(SQUARE, torch.float32))
 
     def decode(self, buffers: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
         """See :meth:`StateFormat.decode`."""
@@ -191,7 +179,7 @@ class Bf16Format(StateFormat):
     name = "bf16"
     number = 2
     is_exact = False
-    buffers = (Buffer(MASTER_LOW, torch.int16), Buffer(MEAN, torch.bfloat16), Buffer(SQUARE, torch.bfloat16))
+    buffers = (Part(MASTER_LOW, torch.int16), Part(MEAN, torch.bfloat16), Part(SQUARE, torch.bfloat16))
 
     def decode(self, buffers: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
         """See :meth:`StateFormat.decode`."""
@@ -219,11 +207,11 @@ class EightBitFormat(StateFormat):
     number = 3
     is_exact = False
     buffers = (
-        Buffer(MASTER_LOW, torch.int8),
-        Buffer(MEAN, torch.uint8),
-        Buffer(SQUARE, torch.uint8),
-        Buffer(MEAN_SCALE, torch.float32, BLOCK_NUMEL),
-        Buffer(SQUARE_SCALE, torch.float32, BLOCK_NUMEL),
+        Part(MASTER_LOW, torch.int8),
+        Part(MEAN, torch.uint8),
+        Part(SQUARE, torch.uint8),
+        Part(MEAN_SCALE, torch.float32, BLOCK_NUMEL),
+        Part(SQUARE_SCALE, torch.float32, BLOCK_NUMEL),
     )
     start_multiple = BLOCK_NUMEL
 
