@@ -1,4 +1,5 @@
-"""What is easily left behind: gradients on their way into a checkpoint, old snapshots, momentum that begins late."""
+"""What is easily left behind: gradients on their way into a checkpoint, old snapshots, momentum that begins late, room
+behind a parameter."""
 
 from __future__ import annotations
 
@@ -85,3 +86,24 @@ def test_momentum_that_begins_late_begins_with_the_whole_gradient() -> None:
             engine.step()
         seen.append(_weights(engine))
     torch.testing.assert_close(*seen)
+
+
+def test_room_behind_a_parameter_has_no_say_in_the_scale_of_its_block() -> None:
+    """The second moments fall to a millionth, which is more than codes of 8 bits reach beside what stands still."""
+    seen = []
+    for kernel in ("torch", "native"):
+        engine = _engine(
+            lambda p: torch.optim.AdamW(p, lr=0.0, betas=(0.9, 0.5)),
+            precision={"dtype": "bf16", "optimizer_state": "8bit"},
+            optimizer={"kernel": kernel},
+        )
+        for index in range(24):
+            engine.zero_grad()
+            x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).bfloat16()
+            engine.backward(engine(x).float().square().sum() * (1.0 if index == 0 else 2.0**-10))
+            engine.step()
+        squares = [state["exp_avg_sq"].flatten() for state in engine.optimizer.state.values()]  # type: ignore[union-attr]
+        assert any(square.numel() % 256 for square in squares)
+        seen.append(torch.cat(squares))
+        engine.close()
+    torch.testing.assert_close(*seen, rtol=0.5, atol=0.0)

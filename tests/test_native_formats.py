@@ -312,6 +312,29 @@ def test_a_block_of_zeros_and_one_of_nan() -> None:
     assert states.buffers[MEAN_SCALE][0] == states.buffers[SQUARE_SCALE][0] == 0
 
 
+def test_what_lies_behind_the_end_has_no_say_in_a_scale(kernel: NativeKernel) -> None:
+    """The last block is not full, and its second moments fall by far in one step."""
+    form, numel = FORMATS["8bit"], BLOCK_NUMEL + 77
+    for make in (States.torch, lambda states, *given, **options: states.native(kernel, *given, **options)):
+        states = States(form, numel)
+        for step, size in ((1, 1.0), (2, 2.0**-20)):
+            make(states, torch.full((numel,), size), rule(step, betas=(0.9, 0.0)), noise=Noise(step=step))
+        assert_same_bits((states.decoded()[SQUARE], torch.full((numel,), 2.0**-40)))
+
+
+def test_moments_that_no_scale_reaches_are_nan_and_none_below_is_lost(kernel: NativeKernel) -> None:
+    form = FORMATS["8bit"]
+    for size, known in ((2.0**124, True), (1.99 * 2.0**124, True), (2.0**125, False), (3e38, False)):
+        states = States(form, BLOCK_NUMEL)
+        x = torch.full((BLOCK_NUMEL,), size)
+        form.encode({MASTER: 0 * x, MEAN: x, SQUARE: x}, states.buffers, states.values)
+        moved = rule(lr=0.0, betas=(0.0, 1 - 2.0**-20))
+        native = States(form, BLOCK_NUMEL).native(kernel, x, moved, noise=Noise()).decoded()[MEAN]
+        for decoded in (states.decoded()[MEAN], states.decoded()[SQUARE], native):
+            assert bool((decoded > 0.9 * size).all()) == known
+            assert bool(decoded.isnan().all()) != known
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 

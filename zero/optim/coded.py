@@ -44,6 +44,14 @@ class FormatCodec(Codec):
         """Random numbers of an update: of the chunk's elements from ``first`` on."""
         return Noise(self._seed, step, self._index + first)
 
+    def leading(self, companions: Mapping[str, torch.Tensor], numel: int) -> dict[str, torch.Tensor]:
+        """The first elements of a segment's companions.
+
+        Where a parameter ends inside a block, room follows that nobody owns: it is to have no say in the block's scale.
+        """
+        ends = {part.key: part.numel(numel) for part in self.parts}
+        return {key: held[: ends.get(key, numel)] for key, held in companions.items()}
+
     def decode(self, parts: Mapping[str, torch.Tensor], values: torch.Tensor) -> dict[str, torch.Tensor]:
         """See :meth:`gemini.codec.Codec.decode`."""
         return self.form.decode(parts, values)

@@ -326,7 +326,7 @@ def _scales(x: Tensor) -> Tensor:
     bits = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK_NUMEL)).view(torch.int32) & _ABS
     most = bits.view(-1, BLOCK_NUMEL).amax(1) if x.numel() else bits
     scale = ((most.to(torch.int64) + 0x7FFFF) & _INFINITY) + (1 << 23)
-    scale = torch.where(most >= 0x7F000000, _NAN, scale)
+    scale = torch.where(most >= 0x7E000000, _NAN, scale)  # from 2^125 on the scale has no inverse
     return torch.where(most < 27 << 23, 0, scale).to(torch.int32).view(torch.float32)
 
 

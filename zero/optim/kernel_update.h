@@ -90,8 +90,9 @@ TARGET ALWAYS_INLINE void NAME(span)(const struct call *shared, size_t begin, si
 
 /* -- the 8-bit format: whole blocks, as their elements share a scale ------------------------------------------------*/
 
-/* Block `b`, of which elements [begin, end) are updated and the others put back, at most in another code. */
-TARGET static NOINLINE void NAME(block)(const struct call *c, size_t b, size_t begin, size_t end) {
+/* Block `b`, of which elements [begin, end) are updated and the others put back, at most in another code; from `numel` on
+ * there are none. */
+TARGET static NOINLINE void NAME(block)(const struct call *c, size_t b, size_t begin, size_t end, size_t numel) {
   float grad[STRIDE], p[BLOCK], m[BLOCK], v[BLOCK], old[2][BLOCK];
   uint32_t noise[STRIDE], most[2];
   const size_t i = b * BLOCK;
@@ -105,6 +106,8 @@ TARGET static NOINLINE void NAME(block)(const struct call *c, size_t b, size_t b
   for (size_t j = 0; j < BLOCK; j += STRIDE)
     NAME(adam)(p + j, m + j, v + j, NAME(widen_grad)(c, i + j, grad), &c->scalars);
   if (!whole) put_back(m, old[0], begin, end), put_back(v, old[1], begin, end);
+  /* Code 0 of a second moment is not zero: what is not there must not keep the scale up. */
+  memset(m + numel, 0, (BLOCK - numel) * sizeof *m), memset(v + numel, 0, (BLOCK - numel) * sizeof *v);
   most[0] = NAME(greatest)(m), most[1] = NAME(greatest)(v);
   c->first_scale[b] = scale_for(most[0]), c->second_scale[b] = scale_for(most[1]);
   const float inverses[2] = {inverse_of(c->first_scale[b]), inverse_of(c->second_scale[b])};
@@ -124,7 +127,7 @@ TARGET static NOINLINE void NAME(part_of_block)(const struct call *c, size_t b, 
   exchange_arrays(c, &copy, room, i, numel, 0);
   copy.first_scale = c->first_scale + b, copy.second_scale = c->second_scale + b;
   copy.noise_index = c->noise_index + i;
-  NAME(block)(&copy, 0, begin, end);
+  NAME(block)(&copy, 0, begin, end, numel);
   /* Weights are no matter of the block: what is outside stays as it is, to the bit. */
   exchange_weights(c, &copy, i, begin, end);
 }
@@ -135,7 +138,7 @@ TARGET static void NAME(blocks)(const struct call *shared, size_t begin, size_t 
     size_t b = begin / BLOCK, start = begin % BLOCK, stop = end - b * BLOCK < BLOCK ? end - b * BLOCK : BLOCK;
     if (stop - start == BLOCK) {
       for (size_t j = 0; j < BLOCK; j += STRIDE) fetch_ahead(&c, begin + j, RULE_ADAM, FORMAT_8BIT);
-      NAME(block)(&c, b, 0, BLOCK);
+      NAME(block)(&c, b, 0, BLOCK, BLOCK);
     } else
       NAME(part_of_block)(&c, b, start, stop);
     begin = b * BLOCK + stop;

@@ -419,11 +419,12 @@ class ChunkUpdater:
         codec = segment.codec if isinstance(segment.codec, FormatCodec) else None
         out = segment.values if self._is_beside(segment) and not segment.master_is_values else None
         for part in work.native_runs(segment):
+            held = segment.companions if codec is None else codec.leading(segment.companions, part.stop)
             kernel.step(
                 rule_of(self._kind, part.group, part.step, part.first or fresh, work.factor),
-                segment.companions,
-                segment.companions[GRADIENT],
-                out if codec is None else segment.companions[MASTER],
+                held,
+                held[GRADIENT],
+                out if codec is None else held[MASTER],
                 form=FP32 if codec is None else codec.form,
                 noise=None if codec is None else codec.noise(segment.start, part.step),
                 start=part.start,
