@@ -101,7 +101,7 @@ def _best_s(run: Callable[[], None], meet: Callable[[], None], repeats: int = _R
 
 def _dram(meet: Callable[[], None]) -> float:
     """Bytes read and written per second, by a sum of two arrays into a third."""
-    left, right, total = (torch.ones(_DRAM_BYTES // 4 // 3) for _ in range(3))
+    left, right, total = (torch.ones(_DRAM_BYTES // 4 // 3, dtype=torch.float32) for _ in range(3))
     return 3 * left.nbytes / _best_s(lambda: _add(left, right, total), meet)
 
 
@@ -175,7 +175,7 @@ def _link(device: Device, meet: Callable[[], None]) -> dict[str, float]:
 
 
 def _host_buffer(device: Device, numel: int, undo: contextlib.ExitStack) -> torch.Tensor:
-    buffer = torch.zeros(numel)
+    buffer = torch.zeros(numel, dtype=torch.float32)
     if device.register_host_memory(buffer.data_ptr(), buffer.nbytes):
         undo.callback(device.unregister_host_memory, buffer.data_ptr())
     return buffer
@@ -227,13 +227,13 @@ def _matmul(device: Device, side: int, dtype: torch.dtype, meet: Callable[[], No
 
 
 def _device_memory(device: Device, numel: int, meet: Callable[[], None]) -> float:
-    left, right, total = (torch.ones(numel, device=device.torch_device) for _ in range(3))
+    left, right, total = (torch.ones(numel, dtype=torch.float32, device=device.torch_device) for _ in range(3))
     times = 4
     return times * 3 * left.nbytes / _best_s(_finished(device, lambda: _add(left, right, total), times), meet)
 
 
 def _launch_s(device: Device, meet: Callable[[], None]) -> float:
-    one = torch.ones(16, device=device.torch_device)
+    one = torch.ones(16, dtype=torch.float32, device=device.torch_device)
     times = 200
 
     def issue() -> None:

@@ -1,9 +1,9 @@
 """What is easily left behind: gradients on their way into a checkpoint, old snapshots, momentum that begins late, room
-behind a parameter."""
+behind a parameter, the default dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from gemini.plan import Plan
 from gemini.segment import Placement
 from zero.engine import Engine
 from zero.optim.early import EarlyUpdates
+from zero.optim.elementwise import state_bytes_per_numel, temporary_bytes_per_numel
+from zero.optim.fused import MOMENTS, FusedPiece, fused_step
+from zero.optim.native_choice import scalars_after
+from zero.probing import host_update
 
 SIMULATED = {"type": "simulated", "memory": "8MiB"}
 
@@ -107,3 +111,30 @@ def test_room_behind_a_parameter_has_no_say_in_the_scale_of_its_block() -> None:
         seen.append(torch.cat(squares))
         engine.close()
     torch.testing.assert_close(*seen, rtol=0.5, atol=0.0)
+
+
+@pytest.fixture
+def _bf16_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_bf16_by_default")
+def test_updates_count_and_reckon_in_fp32_whatever_the_default_dtype() -> None:
+    """257 is no number of bf16: the count would stand still at 256."""
+    kind = torch.optim.AdamW
+    optimizer = kind([torch.zeros(3)])
+    assert scalars_after(kind, 257)["step"].item() == 257
+    assert state_bytes_per_numel(optimizer) == 8
+    assert temporary_bytes_per_numel(optimizer) >= 4
+    host_update(64)()
+    states = {key: torch.ones(3, dtype=torch.float32) for key in ("master", *MOMENTS)}
+    plain = torch.ones(3, dtype=torch.float32).requires_grad_()
+    optimizer = kind([plain], lr=0.1, fused=True)
+    moments = {key: torch.ones(3, dtype=torch.float32) for key in MOMENTS}
+    optimizer.state[plain] = {"step": torch.tensor(256.0, dtype=torch.float32), **moments}
+    plain.grad = torch.full((3,), 0.5, dtype=torch.float32)
+    fused_step(kind, [FusedPiece(states, plain.grad.clone(), optimizer.param_groups[0], 257)])
+    optimizer.step()
+    assert torch.equal(states["master"], plain.detach())

@@ -102,7 +102,7 @@ def gradient_statistics(tensors: Iterable[ChunkTensor | torch.Tensor], inverse_s
     known = _known_norms(tensors, inverse_scale)
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor):
-            norms += [torch.zeros(())] if tensor.grad is not None else []
+            norms += [torch.zeros((), dtype=torch.float32)] if tensor.grad is not None else []
             continue
         if not tensor.has_gradient:
             continue

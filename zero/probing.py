@@ -147,7 +147,7 @@ def host_update(numel: int) -> Callable[[], None]:
     """AdamW with a bf16 gradient in and bf16 weights out, as a run would carry it out on the host."""
     from zero.optim.native import load_native
 
-    master, mean, square = (torch.zeros(numel) for _ in range(3))
+    master, mean, square = (torch.zeros(numel, dtype=torch.float32) for _ in range(3))
     gradient, out = (torch.zeros(numel, dtype=torch.bfloat16) for _ in range(2))
     kernel = load_native()
     if kernel is not None:

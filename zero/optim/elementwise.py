@@ -127,13 +127,13 @@ def state_bytes_per_numel(optimizer: torch.optim.Optimizer) -> int:
 
 def _trial_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     shadow = shadow_of(optimizer)
-    parameter = torch.ones(4)
+    parameter = torch.ones(4, dtype=torch.float32)
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     shadow.param_groups = [{**group, "params": [parameter]}]
     example = next((state for state in optimizer.state.values() if state), None)
     if example is not None:  # constructors may fill states (Adagrad): mimic them
         shadow.state[parameter] = {key: _mimic(value) for key, value in example.items()}
-    parameter.grad = torch.ones(4)
+    parameter.grad = torch.ones_like(parameter)
     run(shadow)
     return sum(v.element_size() for v in shadow.state[parameter].values() if _elementwise(v))
 
@@ -145,11 +145,11 @@ def temporary_bytes_per_numel(optimizer: torch.optim.Optimizer) -> int:
     """
     with _disable_current_modes():
         shadow, tracker = shadow_of(optimizer), StorageTracker(lambda _: None)
-        parameter = torch.ones(_TRIAL_NUMEL)
+        parameter = torch.ones(_TRIAL_NUMEL, dtype=torch.float32)
         group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
         most_bytes = 0
         for _ in range(_NUM_TRIALS):
-            parameter.grad = torch.ones(_TRIAL_NUMEL)
+            parameter.grad = torch.ones_like(parameter)
             shadow.param_groups = [{**group, "params": [parameter]}]
             with torch.no_grad(), tracker:
                 tracker.reset_peak()

@@ -74,7 +74,8 @@ def fused_step(kind: type[torch.optim.Optimizer], pieces: Sequence[FusedPiece]) 
     """
     device = pieces[0].gradient.device
     # Made on the device: copied from the host they would make the program wait.
-    steps = {step: torch.full((), float(step), device=device) for step in {piece.step for piece in pieces}}
+    numbers = {piece.step for piece in pieces}
+    steps = {step: torch.full((), float(step), dtype=torch.float32, device=device) for step in numbers}
     for group, of_group in _by_group(pieces):
         decoupled = group.get("decoupled_weight_decay", kind is torch.optim.AdamW)
         operator: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_

@@ -46,5 +46,8 @@ def rule_of(kind: type[torch.optim.Optimizer], group: dict[str, Any], step: int,
 
 
 def scalars_after(kind: type[torch.optim.Optimizer], step: int) -> dict[str, Any]:
-    """What the optimizer keeps of a parameter after that step beside states of its length."""
-    return {} if kind in (Lion, torch.optim.SGD) else {"step": torch.tensor(float(step))}
+    """What the optimizer keeps of a parameter after that step beside states of its length.
+
+    Like torch's optimizers it counts in fp32 whatever the default dtype: bf16 would come to a stand at 256.
+    """
+    return {} if kind in (Lion, torch.optim.SGD) else {"step": torch.tensor(float(step), dtype=torch.float32)}

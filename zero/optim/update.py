@@ -157,7 +157,7 @@ class ChunkUpdater:
         self.scalars.pop(tensor, None)
         tensor.chunk.before_change()
         for segment, left, right in tensor.chunk.pieces(tensor.entry.offset, tensor.entry.stop):
-            zeros = {key: torch.zeros(right - left) for key in segment.keys if key in self.keys}
+            zeros = {key: torch.zeros(right - left, dtype=self.keys[key]) for key in segment.keys if key in self.keys}
             segment.write(self._store, zeros, left)
 
     def makes_states_on_device(self, chunks: list[Chunk]) -> bool:
@@ -308,7 +308,7 @@ class ChunkUpdater:
 
         Such scalars do not depend on values, so the optimizer runs on one element that nobody keeps.
         """
-        one = {key: torch.zeros(1) for key in (MASTER, GRADIENT)}
+        one = {key: torch.zeros(1, dtype=torch.float32) for key in (MASTER, GRADIENT)}
         one |= {key: torch.zeros(1, dtype=dtype) for key, dtype in self.keys.items() if work.before[tensor] is not None}
         stand_in = Segment(0, 1, Tier.HOST, Tier.HOST, torch.empty(0), one)
         self._torch_step(work, stand_in, [Piece(tensor, 0, 1)])
