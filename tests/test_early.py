@@ -158,7 +158,11 @@ def _save(engine: Engine, index: int) -> None:
 def test_what_happens_between_backward_and_step_sees_the_old_values_and_counts(
     between: Callable[[Engine, int], None],
 ) -> None:
-    assert _same(_train(_engine(True), between), _train(_engine(False), between))
+    def begun(engine: Engine, index: int) -> None:
+        assert index == 0 or any(chunk.is_tentative for chunk in engine.manager.chunks)
+        between(engine, index)
+
+    assert _same(_train(_engine(True), begun), _train(_engine(False), between))
 
 
 @pytest.mark.parametrize("how", ["skip_step", "zero_grad", "not finite"])
