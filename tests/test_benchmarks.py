@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,3 +133,101 @@ def test_the_grid_for_accelerators_runs_on_the_simulated_one(tmp_path: Path) -> 
     assert not row.get("error"), row
     assert float(row["tokens_per_s"]) > 0
     assert abs(float(row["predicted_peak_bytes"]) / float(row["measured_peak_bytes"]) - 1) < 0.05
+
+
+@pytest.fixture
+def gpu_grid(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu_grid")
+
+
+def test_the_peers_loss_in_pieces_is_the_models_own(gpu_grid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small card the logits alone would decide who fits; gradients, too, pass through the tied head piece by piece."""
+    monkeypatch.setattr(gpu_grid, "LOSS_ROWS", 7)
+    model = gpu_grid.make_model(gpu_grid.SHAPES["tiny"]).float()
+    ids = torch.randint(4, 512, (2, 16), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    seen = []
+    for in_pieces in (False, True):
+        if in_pieces:
+            gpu_grid.use_chunked_loss(model)
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        seen.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(*seen)
+
+
+def test_what_a_point_of_the_grid_is_given(gpu_grid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same memory to every system; to DeepSpeed what else it would ask MPI for, and a folder that the others lack."""
+    assert gpu_grid.allocator_bytes({"cap_bytes": 6 << 30, "device": "cuda"}) == 5 << 30
+    monkeypatch.setenv("PYTHONPATH", "here")
+    monkeypatch.setenv("PEERS_PATH", "there")
+    monkeypatch.delenv("RANK", raising=False)
+    assert gpu_grid.environment_of("ours")["PYTHONPATH"] == "here"
+    assert "RANK" not in gpu_grid.environment_of("ours")
+    given = gpu_grid.environment_of("deepspeed")
+    assert given["PYTHONPATH"] == f"there{os.pathsep}here"
+    assert {given[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} == {"0", "1"}
+    assert int(given["MASTER_PORT"]) > 0
+
+
+def test_a_point_that_fails_says_why(gpu_grid: Any) -> None:
+    job = {"system": "resident", "shape": "nothing", "cap_bytes": 1 << 30, "device": "simulated"}
+    assert gpu_grid.run_point(job, 60.0)["error"] == "exit 1: KeyError: 'nothing'"
+
+
+@pytest.fixture
+def run_gpu_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``benchmarks/gpu.sh`` with a program in Python's place, which notes its arguments and fails where it is told to."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        '#!/bin/sh\necho "$PYTHONPATH|$PEERS_PATH|$*" >> "$NOTES"\n[ "$1" = -c ] && echo GPU && exit\n'
+        'case "$*" in *$FAILS*) echo "no $FAILS"; exit 3;; esac\n'
+    )
+    stub.chmod(0o755)
+
+    def run(part: str, fails: str = "nothing", **environment: str) -> subprocess.CompletedProcess[str]:
+        values = os.environ | {"PYTHON": str(stub), "NOTES": str(tmp_path / "notes"), "FAILS": fails} | environment
+        command = [str(ROOT / "benchmarks" / "gpu.sh"), part, "out"]
+        return subprocess.run(command, cwd=tmp_path, env=values, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("part", "fails", "file"),
+    [
+        ("correctness", "pytest", "correctness.txt"),
+        ("probe", "probe", "probe.json"),
+        ("probe", "cpu_adamw", "cpu_adamw.txt"),
+        ("grid", "gpu_grid", "grid.txt"),
+        ("peers", "deepspeed", "peers.txt"),
+    ],
+)
+def test_a_part_that_fails_on_the_gpu_says_so(
+    run_gpu_script: Callable[..., Any], tmp_path: Path, part: str, fails: str, file: str
+) -> None:
+    assert run_gpu_script(part).returncode == 0
+    assert (tmp_path / "out" / file).read_text() == ""
+    assert run_gpu_script(part, fails).returncode == 3
+    assert (tmp_path / "out" / file).read_text() == f"no {fails}\n"
+
+
+def test_wheels_come_along_and_deepspeed_is_seen_by_its_own_runs_alone(
+    run_gpu_script: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "wheels").mkdir()
+    for name in ("pydantic-2-py3-none-any.whl", "deepspeed-1-py3-none-any.whl"):
+        (tmp_path / "wheels" / name).write_text("")
+    assert run_gpu_script("grid", WHEELS="wheels").returncode == 0
+    notes = [line.split("|") for line in (tmp_path / "notes").read_text().splitlines()]
+    installs = [words.split("--target ")[1].split() for _, _, words in notes if "pip install" in words]
+    assert [[Path(wheel).name[:5] for wheel in wheels] for _, *wheels in installs] == [["pydan"], ["deeps"]]
+    path, peers, words = notes[-1]
+    assert "gpu_grid" in words
+    assert path.split(":")[-1] == installs[0][0]
+    assert peers == installs[1][0]
+    assert not Path(peers).parent.exists()
+    assert run_gpu_script("grid", "pip", WHEELS="wheels").returncode == 3
