@@ -3,6 +3,7 @@ behind a parameter, the default dtype."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,24 @@ def test_room_behind_a_parameter_has_no_say_in_the_scale_of_its_block() -> None:
         seen.append(torch.cat(squares))
         engine.close()
     torch.testing.assert_close(*seen, rtol=0.5, atol=0.0)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), 2.0**20])
+def test_states_in_8_bits_can_be_had_back_after_ones_that_are_no_good(scale: float) -> None:
+    engine = _engine(precision={"dtype": "bf16", "optimizer_state": "8bit"})
+    _backward(engine, 0)
+    engine.step()
+    good = engine.optimizer.state_dict()  # type: ignore[union-attr]
+    bad = copy.deepcopy(good)
+    for state in bad["state"].values():
+        state["exp_avg_sq"] *= scale
+        state["exp_avg"] *= scale
+    for wanted in (bad, good):
+        engine.optimizer.load_state_dict(wanted)  # type: ignore[union-attr]
+    again = engine.optimizer.state_dict()["state"]  # type: ignore[union-attr]
+    for index, state in good["state"].items():
+        assert all(torch.equal(again[index][key], value) for key, value in state.items()), index
+    engine.close()
 
 
 @pytest.fixture

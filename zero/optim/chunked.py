@@ -228,13 +228,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     self._write_state(tensor, state_dict["state"].get(number))
 
     def _write_state(self, tensor: ChunkTensor, state: dict[str, Any] | None) -> None:
+        coded = any(segment.codec is not None for segment, _, _ in self._pieces(tensor))
+        if coded or not state:
+            self.updater.forget(tensor)  # a NaN would stay: writing a part of coded states reads the rest
         if not state:
-            self.updater.forget(tensor)
             return
         scalars: dict[str, Any] = {}
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim() > 0:
-                coded = any(segment.codes(key) for segment, _, _ in self._pieces(tensor))
                 self.updater.keys.setdefault(key, torch.float32 if coded else value.dtype)
                 tensor.chunk.write_companion(tensor, key, value.detach())
             else:

@@ -157,6 +157,8 @@ class ChunkUpdater:
         self.scalars.pop(tensor, None)
         tensor.chunk.before_change()
         for segment, left, right in tensor.chunk.pieces(tensor.entry.offset, tensor.entry.stop):
+            if segment.codec is not None:  # the room behind it shares its last scale
+                right += min(segment.stop - right, -(right - segment.start) % segment.codec.block_numel)
             zeros = {key: torch.zeros(right - left, dtype=self.keys[key]) for key in segment.keys if key in self.keys}
             segment.write(self._store, zeros, left)
 
