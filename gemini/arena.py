@@ -13,9 +13,8 @@ import mmap
 import torch
 
 from gemini.device import Device
+from gemini.heap import HUGE_PAGE_BYTES
 from gemini.units import format_bytes
-
-_HUGE_PAGE_BYTES = 2 << 20
 
 
 class HostMemoryError(MemoryError):
@@ -76,7 +75,7 @@ class HostArena:
             raise HostMemoryError(
                 f"the operating system gave no {format_bytes(num_bytes)} of host memory: {error}"
             ) from error
-        if num_bytes >= _HUGE_PAGE_BYTES:
+        if num_bytes >= HUGE_PAGE_BYTES:
             # Fewer page faults and TLB misses in the optimizer's pass; not every kernel has it.
             with contextlib.suppress(OSError, AttributeError):
                 mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -19,7 +19,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 LARGE_BYTES = 1 << 20
 """From where on a block's whereabouts matter."""
-_HUGE_PAGE_BYTES = 2 << 20
+HUGE_PAGE_BYTES = 2 << 20
 # Where glibc's own adaptive thresholds end in a process that frees large tensors.
 _USUAL_MMAP_BYTES = 32 << 20
 _USUAL_TRIM_BYTES = 64 << 20
@@ -96,7 +96,7 @@ def prefer_huge_pages(address: int, num_bytes: int) -> None:
     Only a wish: other systems, or a kernel that is set otherwise, leave things as they are.
     """
     library = _glibc()
-    start = -(-address // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-    length = (address + num_bytes - start) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    start = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    length = (address + num_bytes - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     if library is not None and length > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)

@@ -16,6 +16,7 @@ import zero
 from gemini.plan import Plan
 from gemini.segment import Placement
 from zero.engine import Engine
+from zero.errors import UserError
 from zero.optim.early import EarlyUpdates
 from zero.optim.elementwise import state_bytes_per_numel, temporary_bytes_per_numel
 from zero.optim.fused import MOMENTS, FusedPiece, fused_step
@@ -91,6 +92,20 @@ def test_momentum_that_begins_late_begins_with_the_whole_gradient() -> None:
             engine.step()
         seen.append(_weights(engine))
     torch.testing.assert_close(*seen)
+
+
+def test_amsgrad_that_is_turned_on_late_is_refused_by_the_kernel_and_nothing_has_changed() -> None:
+    engine = _engine(optimizer={"kernel": "native"})
+    _backward(engine, 0)
+    engine.step()
+    before = [value.clone() for value in engine.module.state_dict().values()]
+    engine.optimizer.param_groups[0]["amsgrad"] = True  # type: ignore[union-attr]
+    _backward(engine, 1)
+    with pytest.raises(UserError, match=r"amsgrad was turned on after initialize.*Turn it on before"):
+        engine.step()
+    now = engine.module.state_dict().values()
+    assert all(torch.equal(value, old) for value, old in zip(now, before, strict=True))
+    engine.close()
 
 
 def test_room_behind_a_parameter_has_no_say_in_the_scale_of_its_block() -> None:

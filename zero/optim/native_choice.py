@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from zero.errors import UserError
 from zero.optim.lion import Lion
 from zero.optim.native_rules import AdamRule, LionRule, Rule, SgdRule
 
@@ -20,12 +22,29 @@ def why_not_native(optimizer: torch.optim.Optimizer) -> str | None:
         names = ", ".join(kind.__name__ for kind in _KINDS)
         return f"the native kernel is one of {names}, the optimizer is {type(optimizer).__name__}"
     for group in optimizer.param_groups:
-        for option in ("amsgrad", "capturable", "differentiable"):
-            if group.get(option):
-                return f"the native kernel has no {option}"
+        if option := _unknown_option(group):
+            return f"the native kernel has no {option}"
         if isinstance(group["lr"], torch.Tensor):
             return "the native kernel takes lr as a number, not a tensor"
     return None
+
+
+def check_still_native(groups: Iterable[dict[str, Any]]) -> None:
+    """Hyperparameters may change between steps, but not to what the kernel would leave out.
+
+    Raises:
+        UserError: a group asks for such a thing now.
+    """
+    for group in groups:
+        if option := _unknown_option(group):
+            raise UserError(
+                f"{option} was turned on after initialize(): the native kernel, which makes the steps, has no such thing. "
+                f'Turn it on before, or set optimizer.kernel = "torch"'
+            )
+
+
+def _unknown_option(group: dict[str, Any]) -> str | None:
+    return next((option for option in ("amsgrad", "capturable", "differentiable") if group.get(option)), None)
 
 
 def rule_of(kind: type[torch.optim.Optimizer], group: dict[str, Any], step: int, first: bool, factor: float) -> Rule:

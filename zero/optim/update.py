@@ -32,7 +32,7 @@ from zero.optim.formats import BLOCK_NUMEL as _CODED_NUMEL
 from zero.optim.formats import FP32
 from zero.optim.fused import MOMENTS, FusedPiece, fused_step, is_fused, scaled
 from zero.optim.native import NativeKernel
-from zero.optim.native_choice import rule_of, scalars_after
+from zero.optim.native_choice import check_still_native, rule_of, scalars_after
 from zero.optim.straddle import BLOCK_NUMEL, cut_blocks, join, put_back
 from zero.optim.streaming import StreamedWork
 from zero.optim.work import ChunkWork, Group, Piece, Scalars, captured
@@ -177,7 +177,12 @@ class ChunkUpdater:
         Args:
             chunks: in the order in which the next pass reads them, with no gathered copies on the device.
             factor: gradients are multiplied by it first (1 / loss scale x clip coefficient).
+
+        Raises:
+            UserError: the optimizer has been asked for what the native kernel does not do; nothing was changed.
         """
+        if self._kernel is not None:
+            check_still_native(self.groups.values())
         coming: list[ChunkWork] = []
         self.early.make_way()
         self._num_threads = self._share_of_threads()
