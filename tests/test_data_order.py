@@ -257,11 +257,3 @@ def test_a_shuffled_run_begins_with_its_longest_sequence() -> None:
     assert longest_first(np.full(6, 4), 3) is None
     with pytest.raises(DataError, match="first"):
         ResumableSampler(6, 3, first=1).load_state_dict(ResumableSampler(6, 3, index=2, first=3).state_dict())
-
-
-def test_a_checkpoint_from_before_that_goes_on_in_its_own_order() -> None:
-    state = ResumableSampler(6, 3, index=2).state_dict()
-    del state["first"]
-    resumed = ResumableSampler(6, 3, first=int(epoch_order(6, 3, 0)[4]))
-    resumed.load_state_dict(state)
-    assert list(resumed) == list(epoch_order(6, 3, 0)[2:])

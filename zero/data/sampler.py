@@ -119,8 +119,6 @@ class ResumableSampler(Sampler[int]):
         Raises:
             DataError: It was taken over another number of samples, seed or shuffling: the place means nothing here.
         """
-        if "first" not in state:  # written before runs began with their longest sample
-            self.first = None
         for name in _SETTLES_ORDER:
             if name in state and state[name] != getattr(self, name):
                 raise DataError(
