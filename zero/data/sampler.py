@@ -120,9 +120,9 @@ class ResumableSampler(Sampler[int]):
             DataError: It was taken over another number of samples, seed or shuffling: the place means nothing here.
         """
         for name in _SETTLES_ORDER:
-            if name in state and state[name] != getattr(self, name):
+            if state.get(name, "nothing said") != getattr(self, name):
                 raise DataError(
-                    f"data: the checkpoint was written with {name} = {state[name]}, this run has "
+                    f"data: the checkpoint was written with {name} = {state.get(name, 'nothing said')}, this run has "
                     f"{getattr(self, name)}: it cannot go on from there. Use the same data and settings, or start anew"
                 )
         self.seek(int(state["epoch"]), int(state["index"]))
