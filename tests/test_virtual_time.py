@@ -8,6 +8,7 @@ import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from gemini.profile import NAMED, HardwareProfile, HostUpdate
 from gemini.simulated import SimulatedDevice, StreamOrder
 from gemini.work import CountingMode, Work
 from zero.config.loading import load_config
+from zero.optim.early import EarlyUpdates
 from zero.planning import plan_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,32 @@ class TestPredictions:
         script = _script("virtual_time")
         case = script.Laboratory().try_plan(0.2, 0.1, 2, 0.1, script.random_profile(random.Random(3)), beside)
         assert abs(case.error) < 0.05
+
+    def test_a_program_far_ahead_of_the_device_keeps_the_updates_that_backward_has_begun(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The device is slow, the program is not: it comes to `step()` when little of backward has been computed."""
+        confirmed = []
+        original = EarlyUpdates.confirm
+
+        def confirm(early: EarlyUpdates, *args: Any) -> bool:
+            confirmed.append(original(early, *args))
+            return confirmed[-1]
+
+        monkeypatch.setattr(EarlyUpdates, "confirm", confirm)
+        script = _script("virtual_time")
+        slow = HardwareProfile(
+            name="slow device",
+            **dict.fromkeys(("h2d_bytes_per_s", "d2h_bytes_per_s", "both_bytes_per_s"), 1e7),
+            host_dram_bytes_per_s=1e8,
+            host_update_numel_per_s=3e5,
+            device_flops_per_s=3e7,
+            device_fp32_flops_per_s=3e7,
+            launch_s=0.0,
+        )
+        case = script.Laboratory().try_plan(0.0, 0.0, 2, 1.0, slow, "early")
+        assert abs(case.error) < 0.05
+        assert confirmed.count(True) > len(confirmed) // 3
 
     @pytest.mark.full
     @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

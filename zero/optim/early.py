@@ -116,8 +116,11 @@ class EarlyUpdates:
     def make_way(self) -> None:
         """The step is taken: what has not begun is withdrawn, for gradients came in the wrong order.
 
-        The next forward pass reads first what backward came to last.
+        The next forward pass reads first what backward came to last. What has begun is only known once the gradients have
+        arrived: the program may have come here long before the device, with nothing begun at all.
         """
+        for chunk in self._works:
+            chunk.settle_arrivals()
         for chunk, (_, kept) in reversed(list(self._works.items())):
             if chunk.withdraw_update():
                 self._snapshots.give_back(kept)
