@@ -237,5 +237,11 @@ SYSTEMS = {
     "fsdp2_offload_fp32": System("FSDP2 + offload, fp32 sums", fsdp2, {"offload": True, "reduce_dtype": "fp32"}),
     "fsdp2_offload_keep": System("FSDP2 + offload, no reshard", fsdp2, {"offload": True, "reshard": False}),
     "deepspeed": System("DeepSpeed ZeRO-3 + offload", deepspeed, _Z3, in_venv=True),
+    "deepspeed_persist": System(
+        "DeepSpeed ZeRO-3 + offload, small values kept",
+        deepspeed,
+        _Z3 | {"zero": {"stage3_param_persistence_threshold": 100_000}},
+        in_venv=True,
+    ),
     "deepspeed_optimizer": System("DeepSpeed ZeRO-3 + offload_optimizer", deepspeed, {"offload_optimizer": True}, True),
 }
