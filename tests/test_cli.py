@@ -425,7 +425,7 @@ class TestRun:
         monkeypatch.setattr(sys, "argv", list(sys.argv))
         monkeypatch.setattr(sys, "path", list(sys.path))
         yield
-        launch(None)
+        launch({})
 
     def script(self, folder: Path, text: str) -> str:
         path = folder / "loop.py"
@@ -439,6 +439,14 @@ class TestRun:
         assert main(["run", script, "--config", config, "-nprocs", "1", *words]) == 0
         assert capsys.readouterr().out.strip() == f"__main__ {words} {tmp_path}"
         assert current_config().optimizer.lr == 0.125
+
+    @pytest.mark.parametrize(("call", "lr"), [("launch()", 0.125), ("launch({'optimizer': {'lr': 0.5}})", 0.5)])
+    def test_a_launch_without_a_config_keeps_the_one_given_here(
+        self, call: str, lr: float, tmp_path: Path, capsys: Output
+    ) -> None:
+        config = write_config(tmp_path, optimizer={"lr": 0.125})
+        assert main(["run", self.script(tmp_path, f"zero.{call}"), "--config", config]) == 0
+        assert current_config().optimizer.lr == lr
 
     @pytest.mark.parametrize(
         ("before", "after", "own"),

@@ -41,7 +41,7 @@ def _restore() -> Iterator[None]:
     argv, path = list(sys.argv), list(sys.path)
     yield
     sys.argv, sys.path[:] = argv, path
-    launch(None)
+    launch({})
 
 
 @pytest.fixture(scope="module")

@@ -22,14 +22,15 @@ def launch(config: Config | Mapping[str, Any] | str | Path | None = None) -> Con
     when the process ends.
 
     Args:
-        config: path (.toml, .py, .yaml, .json), dict or Config; None for all defaults.
+        config: path (.toml, .py, .yaml, .json), dict or Config; by default what was read before, as by
+            ``zero run --config``, else all defaults.
 
     Raises:
         zero.errors.ConfigError: with every problem at once.
         zero.errors.UserError: this number of ranks cannot work on this machine, or not under ``[parallel]``.
     """
     global _current
-    _current = load_config(config)
+    _current = current_config() if config is None else load_config(config)
     join(_current)
     return _current
 

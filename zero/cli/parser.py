@@ -135,14 +135,15 @@ def _add_run(verbs: Verbs) -> None:
         help="run your own training script with a config",
         usage="zero run SCRIPT [--nprocs N] [--max-restarts K] [--config CONFIG] [arguments of the script ...]",
         description="""\
-Runs a Python file whose zero.initialize() reads CONFIG where it is given no config of its own. With --nprocs N the file
-runs as N processes; after zero.launch() it can use torch.distributed.""",
+Runs a Python file whose zero.launch() and zero.initialize() read CONFIG where they are given no config of their own. With
+--nprocs N the file runs as N processes; after zero.launch() it can use torch.distributed. From the first word on that is
+none of the options below, everything is the script's: --nprocs and --config stand before it.""",
         epilog=_PROCESSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         splitter=script_aside,
     )
     run.add_argument("script", metavar="SCRIPT", help="a Python file that calls zero.initialize()")
-    run.add_argument("--config", metavar="CONFIG", help="what zero.initialize() reads where it is given no config")
+    run.add_argument("--config", metavar="CONFIG", help="what launch() and initialize() read by themselves")
     add_process_options(run)
     run.set_defaults(run=commands.run_script)
 
