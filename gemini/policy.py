@@ -174,4 +174,5 @@ def _advice(facts: list[ChunkFacts], plan: Plan, trace: Trace, capacity_bytes: i
         advice += ", or a lower train.per_device_eval_batch_size"
     elif worst is not None:
         advice += ", or fewer tokens in a micro-batch, or train.gradient_checkpointing = true"
+        advice += ', or train.accumulation_order = "batch"' * trace.is_window
     return advice

@@ -55,6 +55,47 @@ class TestOptimizers:
         assert "device peak" in capsys.readouterr().out
 
 
+class TestAdvice:
+    """What a refusal says would fit does fit."""
+
+    BF16 = ("--device.memory", "8MiB", "--precision.dtype", "bf16")
+
+    def test_formats_of_states_that_the_host_could_hold(self) -> None:
+        whole, split = (
+            planned(*self.BF16, "--precision.optimizer_state", form).host_peak_bytes for form in ("fp32", "split")
+        )
+        assert split < whole
+        less = (*self.BF16, "--memory.host")
+        assert 'precision.optimizer_state = "split" or "bf16" or "8bit"' in str(planned(*less, str(split)).refusal)
+        assert 'precision.optimizer_state = "bf16" or "8bit"' in str(planned(*less, str(split - 1)).refusal)
+        assert planned(*less, str(split), "--precision.optimizer_state", "split").plan is not None
+        assert "optimizer_state" not in str(planned("--device.memory", "8MiB", "--memory.host", "1KiB").refusal)
+
+    def test_another_order_of_micro_batches(self) -> None:
+        layer = ("--train.gradient_accumulation_steps", "4", "--train.accumulation_order", "layer")
+        layer_bytes = planned(*layer, "--device.memory", "8MiB").dry.tight_device_bytes
+        small = ("--device.memory", str(layer_bytes - 1))
+        assert 'train.accumulation_order = "batch"' in str(planned(*layer, *small).refusal)
+        assert planned(*layer[:2], *small).plan is not None
+
+
+class TestOneMemory:
+    """With ``device.type = "cpu"`` the host holds what is computed with, too."""
+
+    CPU = ("--device.type", "cpu", "--device.memory", "null")
+
+    @pytest.mark.parametrize("policy", ["auto", "cpu"])
+    def test_a_model_that_the_machine_has_no_room_for_is_refused(self, policy: str) -> None:
+        words = (*self.CPU, "--memory.policy", policy)
+        roomy = planned(*words)
+        needed = roomy.require().predicted_device_peak_bytes + roomy.host_bytes
+        assert roomy.host_peak_bytes == needed
+        assert planned(*words, "--memory.host", str(needed)).plan is not None
+        refusal = str(planned(*words, "--memory.host", str(needed - 1)).refusal)
+        assert "the host must hold" in refusal
+        assert ('memory.policy = "cpu" with memory.disk' in refusal) == (policy == "auto")
+
+
 class TestWhatCannotBeWalked:
     def test_only_failures_of_the_model_say_so_and_say_which(self) -> None:
         with pytest.raises(CannotWalkError, match="^RuntimeError: the first line$"), models_own_code():

@@ -21,8 +21,8 @@ from zero.config.loading import load_config
 from zero.config.schema import Config
 from zero.dryrun import CannotWalkError
 from zero.errors import UserError
-from zero.optim.coded import SPEEDS
-from zero.optim.formats import FORMATS, FP32
+from zero.host_room import in_format, other_formats
+from zero.optim.formats import FORMATS
 from zero.planning import DryRun, PlannedRun, decide, room_for_early_updates
 from zero.setup import policy_for
 
@@ -243,16 +243,12 @@ def _neighbours(config: Config, dry: DryRun, machine: Machine) -> Iterator[Chang
 def _other_states(config: Config, dry: DryRun, machine: Machine) -> Iterator[Change]:
     """Other formats of the optimizer's states, where they can be had; and the disk, where the host has no room."""
     rows = config.train.per_device_train_batch_size
-    precision = config.precision
-    if (precision.dtype, precision.optimizer_state) == ("bf16", "fp32") and config.optimizer.name in ("adamw", "adam"):
-        for name in FORMATS:
-            if name == FP32.name:
-                continue
-            coded = replace(dry, facts=[_coded(fact, name) for fact in dry.facts])
-            policy = policy_of(config, machine, coded)
-            note = "exact" if FORMATS[name].is_exact else "rounds states at random"
-            found = _forecast(config, policy, coded, machine, rows)
-            yield Change("precision.optimizer_state", f'"{name}"', found, note)
+    for name in other_formats(config):
+        coded = replace(dry, facts=[in_format(fact, name) for fact in dry.facts])
+        policy = policy_of(config, machine, coded)
+        note = "exact" if FORMATS[name].is_exact else "rounds states at random"
+        found = _forecast(config, policy, coded, machine, rows)
+        yield Change("precision.optimizer_state", f'"{name}"', found, note)
     if config.memory.disk is None and host_bytes(dry.facts, [Placement() for _ in dry.facts]) > _share_bytes(machine):
         spilling = load_config(config, {"memory": {"disk": tempfile.gettempdir()}})
         roomy = replace(machine, is_here=False)  # whatever folder it will be
@@ -262,21 +258,6 @@ def _other_states(config: Config, dry: DryRun, machine: Machine) -> Iterator[Cha
 
 def _share_bytes(machine: Machine) -> int:
     return machine.host_bytes // machine.num_local_ranks
-
-
-def _coded(fact: ChunkFacts, name: str) -> ChunkFacts:
-    """The same chunk with master and states in another format."""
-    if not fact.companion_bytes_per_numel or fact.value_itemsize != 2:
-        return fact
-    buffers = FORMATS[name].buffers
-    coded_bytes = sum(buffer.dtype.itemsize / buffer.block_numel for buffer in buffers)
-    return replace(
-        fact,
-        companion_bytes_per_numel=coded_bytes + fact.gradient_itemsize,
-        coded_bytes_per_numel=coded_bytes,
-        block_numel=max(buffer.block_numel for buffer in buffers),
-        update_speed=SPEEDS[name],
-    )
 
 
 def _other_walks(config: Config, dry: DryRun, machine: Machine) -> Iterator[Change]:

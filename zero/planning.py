@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +15,18 @@ from gemini.dryrun import fake_conversions, fake_mode
 from gemini.exchange import ALONE
 from gemini.homes import spill
 from gemini.hostinfo import host_memory
-from gemini.plan import ChunkFacts, DoesNotFitError, Plan, disk_bytes, first_host_bytes, host_bytes, widening_bytes
+from gemini.plan import ChunkFacts, DoesNotFitError, Plan, disk_bytes, host_bytes
 from gemini.policy import Policy, least_capacity_bytes
 from gemini.segment import Placement
 from gemini.timeline import required_bytes
 from gemini.trace import Moment, Trace
-from gemini.units import format_bytes
 from gemini.windows import SHORT, longer_window
 from zero.config.loading import for_trainer
 from zero.config.schema import Config
 from zero.division import Division, DryExchange
 from zero.dryrun import CannotWalkError, models_own_code, walk, walk_again, walk_evaluation
 from zero.engine import Engine
+from zero.host_room import disk_refusal, host_refusal, host_rows, sum_of
 from zero.liger import require_kernels
 from zero.models.build import dress, model_config, set_checkpointing
 from zero.optim.fused import all_fused
@@ -77,7 +75,8 @@ class DryRun:
         """Training and evaluation as one trace, to say what both need."""
         evaluation = [self.evaluation] if self.evaluation is not None else []
         moments = [*self.trace.moments, *evaluation]
-        return Trace(moments, step_peak_bytes=self.trace.step_peak_bytes, resident=self.trace.resident)
+        about = self.trace
+        return Trace(moments, about.batch_shapes, step_peak_bytes=about.step_peak_bytes, resident=about.resident)
 
     @property
     def tight_device_bytes(self) -> int:
@@ -315,13 +314,13 @@ def decide(
     except DoesNotFitError as error:
         refusal = error
     placements = plan.placements if plan is not None else [Placement() for _ in dry.facts]
-    rows = _host_rows(policy, dry.facts, placements)
-    peak_bytes = sum(num_bytes for _, _, num_bytes, _ in rows)
+    rows = host_rows(policy, dry.facts, placements, plan)
+    peak_bytes = sum_of(rows)
     if refusal is None and peak_bytes > limit_bytes:
-        refusal = _host_refusal(policy, rows, peak_bytes, limit_bytes)
+        refusal = host_refusal(config, policy, dry.facts, rows, limit_bytes)
     on_disk = disk_bytes(dry.facts, [Placement() for _ in dry.facts] if policy.name == "auto" else placements)
     if refusal is None and config.memory.disk is not None and checks_disk:
-        refusal = _disk_refusal(config.memory.disk, on_disk * num_local_ranks)
+        refusal = disk_refusal(config.memory.disk, on_disk * num_local_ranks)
     if refusal is not None:
         plan = None
     staying = host_bytes(dry.facts, placements), peak_bytes, available_bytes, disk_bytes(dry.facts, placements)
@@ -349,61 +348,3 @@ def _plan(policy: Policy, dry: DryRun, capacity_bytes: int) -> Plan:
         if required_bytes(dry.facts, placements, Trace([dry.evaluation])) > capacity_bytes:
             raise policy.refusal(dry.facts, dry.whole, capacity_bytes)
     return plan
-
-
-Rows = list[tuple[str, str, int, str]]
-"""As in :class:`gemini.plan.DoesNotFitError`."""
-
-
-def _host_rows(policy: Policy, facts: list[ChunkFacts], placements: list[Placement]) -> Rows:
-    """What the host holds when it holds most.
-
-    Every policy takes a model over through the host. The fixed ones place before the first step; ``auto`` knows enough
-    only after it, so that everything is made on the host, and comes back there when a batch needs the whole device.
-    """
-    if policy.name == "auto":
-        placements = [Placement() for _ in facts]
-    staying_bytes = host_bytes(facts, placements)
-    values = sum(fact.value_bytes for fact in facts if not fact.values_on_disk)
-    if staying_bytes < first_host_bytes(facts):
-        note = "while the model is taken over"
-        return [("parameters", "host", values, note), ("masters", "host", first_host_bytes(facts) - values, note)]
-    note = "during the first step" if policy.name == "auto" else f"policy {policy.name}"
-    values = sum(
-        f.value_itemsize * (f.numel - p.resident_numel)
-        for f, p in zip(facts, placements, strict=True)
-        if not f.values_on_disk
-    )
-    return [
-        ("parameters", "host", values, note),
-        ("master, optimizer states, gradients", "host", staying_bytes - values, note),
-        ("a gradient that is being added to", "host", widening_bytes(facts), "one chunk's"),
-    ]
-
-
-def _host_refusal(policy: Policy, rows: Rows, peak_bytes: int, limit_bytes: int) -> DoesNotFitError:
-    fixed = 'or memory.policy = "cuda" or "static" on a device with room, ' if policy.name == "auto" else ""
-    return DoesNotFitError(
-        f"it does not fit: the host must hold {format_bytes(peak_bytes)} at the highest, {format_bytes(limit_bytes)} "
-        "are available",
-        [
-            *(row for row in rows if row[2]),
-            ("needed on the host", "host", peak_bytes, f"{format_bytes(limit_bytes)} available"),
-        ],
-        "smallest change that would fit: free host memory or raise memory.host, or memory.disk = a folder for what the "
-        f"host cannot hold, {fixed}or a smaller model, or model.lora",
-    )
-
-
-def _disk_refusal(folder: str, needed_bytes: int) -> DoesNotFitError | None:
-    """Of a disk without room for what would go there, as far as that can be known."""
-    there = next(
-        (path for path in (Path(folder).expanduser(), *Path(folder).expanduser().parents) if path.is_dir()), None
-    )
-    if there is None or needed_bytes <= (free_bytes := shutil.disk_usage(there).free):
-        return None
-    return DoesNotFitError(
-        f"it does not fit: {format_bytes(needed_bytes)} must go to disk, {format_bytes(free_bytes)} are free there",
-        [("needed on disk", "disk", needed_bytes, f"{format_bytes(free_bytes)} free in {folder}")],
-        "smallest change that would fit: free disk space, name another folder in memory.disk, or raise memory.host",
-    )
