@@ -243,6 +243,12 @@ class TestRefusals:
 class TestWords:
     """Which word is whose: argparse's, the config's, the script's."""
 
+    def test_a_config_given_as_an_option(self, tmp_path: Path, capsys: Output) -> None:
+        refused(main(["train", "--config", write_config(tmp_path)]), capsys, "--config", "zero train configs/")
+
+    def test_a_folder_that_is_not_there(self, capsys: Output) -> None:
+        refused(main(["generate", "runs/nope"]), capsys, "runs/nope", "no such folder here")
+
     @pytest.fixture
     def taken(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         """The configs that ``zero train`` would have run."""
@@ -398,7 +404,7 @@ class TestExport:
         from transformers import AutoModelForCausalLM
 
         assert main(["export", str(run / "checkpoints"), str(tmp_path / "hf")]) == 0
-        assert "step-00000006 written as a Hugging Face folder" in capsys.readouterr().out
+        assert "step-00000006 written as a Hugging Face folder" in capsys.readouterr().err
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
         trained = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
         assert exported.keys() == trained.keys()

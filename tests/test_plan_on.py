@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +67,22 @@ class TestReport:
         table = said[said.index("smaller and larger cards") :]
         assert "rtx2060" in table, "the next larger than 2 MiB"
         assert said.rstrip().endswith("it fits")
+
+    def test_a_reader_who_leaves_early_sees_no_traceback(self, tmp_path: Path) -> None:
+        words = [sys.executable, "-m", "zero", "plan", write_config(tmp_path), "--on", "rtx3090", *SMALL]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline().endswith("on rtx3090\n"), "said before what would help is reckoned"
+        process.stdout.close()
+        assert process.stderr is not None
+        assert "Error" not in process.stderr.read()
+        assert process.wait(timeout=120) == 1
+
+    def test_a_cap_is_named_as_such(self, tmp_path: Path, capsys: Output) -> None:
+        assert (
+            "device capacity                     2.00 MiB given as device.memory"
+            in planned(capsys, tmp_path, "--on", "rtx3090", *SMALL)[1]
+        )
 
     def test_cards_around_it(self, tmp_path: Path, capsys: Output) -> None:
         _, said = planned(capsys, tmp_path, "--on", "a100-40gb", "--device.memory", "40GiB")

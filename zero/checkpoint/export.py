@@ -68,7 +68,7 @@ def export(checkpoint: str | Path, target: str | Path, dtype: torch.dtype | str 
         _write(choice.path, manifest, saved, target, wanted)
     except (DamagedError, OSError) as error:
         raise CheckpointError(f"checkpoint {choice.path} could not be exported to {target}: {error}") from error
-    logger.info("checkpoint %s exported to %s", choice.path, target)
+    logger.info("checkpoint %s written as a Hugging Face folder to %s", choice.path, target)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

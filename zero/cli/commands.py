@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ class RunFailed(RuntimeError):
 def _load(arguments: argparse.Namespace, rest: list[str], require: tuple[str, ...] = ()) -> Config:
     if arguments.config is None and not rest:
         raise UserError("a config file is needed, such as configs/quickstart.toml")
+    if any(word.partition("=")[0] == "--config" for word in rest):
+        raise UserError(f"--config: the file stands by itself: zero {arguments.command} configs/quickstart.toml")
     problems: list[str] = []
     overrides = parse_overrides(rest, problems)
     try:
@@ -80,11 +83,17 @@ def validate(arguments: argparse.Namespace, rest: list[str]) -> int:
 def plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     """``zero plan CONFIG``: 0 if it fits, 2 if not."""
     config = _load(arguments, rest, require=("model",))
-    from zero.cli.plan import Wish, plan_text
+    from zero.cli.plan import Wish, say_plan
 
-    text, fits = plan_text(config, Wish(arguments.on, arguments.timeline, arguments.trace))
-    sys.stdout.write(text + "\n")
-    return 0 if fits else 2
+    def say(text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    try:
+        return 0 if say_plan(config, Wish(arguments.on, arguments.timeline, arguments.trace), say) else 2
+    except BrokenPipeError:  # `zero plan ... | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def probe(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -131,7 +140,6 @@ def export(arguments: argparse.Namespace, rest: list[str]) -> int:
         export_checkpoint(checkpoint, target, arguments.dtype)
     except OSError as error:
         raise UserError(f"{target}: {error.strerror or error}; name another folder") from error
-    sys.stdout.write(f"{checkpoint} written as a Hugging Face folder to {arguments.folder}\n")
     return 0
 
 

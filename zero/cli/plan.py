@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,13 +41,17 @@ class Wish:
     trace: Path | None = None
 
 
-def plan_text(config: Config, wish: Wish | None = None) -> tuple[str, bool]:
-    """The report, and whether it fits.
+def say_plan(config: Config, wish: Wish, say: Callable[[str], None]) -> bool:
+    """Says whether it fits part by part, as soon as each is known; returns it.
+
+    Args:
+        config: of the run.
+        wish: what was asked for.
+        say: takes the parts of the report.
 
     Raises:
         UserError: model or tokenizer cannot be had, there is no such card, or a file cannot be written.
     """
-    wish = wish or Wish()
     machine, name = _machine(config, wish)
     tokenizer = build_tokenizer(config) if config.model.config is not None else None
     # A plan may be for another machine: what memory.host says is then believed. A run looks at what is free.
@@ -54,10 +60,11 @@ def plan_text(config: Config, wish: Wish | None = None) -> tuple[str, bool]:
     try:
         dry = dry_run_of(config, tokenizer, evaluation_shape, machine.num_ranks, variants=wish.on is not None)
     except CannotWalkError as error:
-        return (
+        say(
             f"this model cannot be walked through without data, as where its forward depends on values ({error}); "
             "the warm-up step of `zero train` measures it"
-        ), True
+        )
+        return True
     found = forecast(config, dry, machine)
     planned = found.planned
     title = f"{config.train.per_device_train_batch_size} x {config.data.seq_length} tokens on {name}"
@@ -65,13 +72,11 @@ def plan_text(config: Config, wish: Wish | None = None) -> tuple[str, bool]:
     has_rates = wish.on is not None or name != "cpu"
     if has_rates:
         rows += _time_rows(machine, found)
-    parts = [values_text(rows, title=title)]
-    if wish.on is not None:
-        parts += _advice(config, dry, machine, found)
-    if planned.refusal is not None:
-        return "\n\n".join([*parts, str(planned.refusal)]), False
-    written = _write(machine, found, wish, title)
-    return "\n\n".join([*parts, *written, "it fits"]), True
+    say(values_text(rows, title=title))
+    last = [str(planned.refusal)] if planned.refusal is not None else [*_write(machine, found, wish, title), "it fits"]
+    for part in chain(_advice(config, dry, machine, found) if wish.on is not None else (), last):
+        say(f"\n{part}")
+    return planned.refusal is None
 
 
 def _machine(config: Config, wish: Wish) -> tuple[Machine, str]:
@@ -111,11 +116,10 @@ def _time_rows(machine: Machine, found: Forecast) -> list[tuple[str, str]]:
     ]
 
 
-def _advice(config: Config, dry: DryRun, machine: Machine, found: Forecast) -> list[str]:
-    parts = []
+def _advice(config: Config, dry: DryRun, machine: Machine, found: Forecast) -> Iterator[str]:
     most = most_rows(config, dry, machine)
     rows = [("largest micro-batch", f"about {most} x {config.data.seq_length} tokens" if most else "none")]
-    parts.append(values_text(rows))
+    yield values_text(rows)
     better = changes(config, dry, machine, found)
     if better:
         title = "what would help" if found.fits else "what would fit"
@@ -124,7 +128,7 @@ def _advice(config: Config, dry: DryRun, machine: Machine, found: Forecast) -> l
             gain = f"x{change.forecast.tokens_per_s / found.tokens_per_s:.2f}" if found.fits else ""
             speed = f"{change.forecast.tokens_per_s:,.0f}"
             lines.append((f"{change.key} = {change.value}", speed, gain, change.note))
-        parts.append(f"{title}\n{text_columns(lines, right_aligned=('tokens/s', 'gain'))}")
+        yield f"{title}\n{text_columns(lines, right_aligned=('tokens/s', 'gain'))}"
     smaller, larger = neighbours(replace(machine.profile, capacity_bytes=machine.capacity_bytes))
     table: list[tuple[str, ...]] = [("card", "memory", "fits", "step", "tokens/s", "limited by", "largest micro-batch")]
     for card in (smaller, machine.profile, larger):
@@ -133,8 +137,7 @@ def _advice(config: Config, dry: DryRun, machine: Machine, found: Forecast) -> l
         elif card is not None:
             there = replace(machine, profile=card, capacity_bytes=card.capacity_bytes, device=AcceleratorDevice)
             table.append(_card_line(config, dry, there, forecast(config, dry, there)))
-    parts.append(f"smaller and larger cards\n{text_columns(table, right_aligned=('memory', 'step', 'tokens/s'))}")
-    return parts
+    yield f"smaller and larger cards\n{text_columns(table, right_aligned=('memory', 'step', 'tokens/s'))}"
 
 
 def _card_line(config: Config, dry: DryRun, machine: Machine, found: Forecast) -> tuple[str, ...]:
@@ -178,7 +181,10 @@ def _byte_rows(config: Config, planned: PlannedRun, capacity_bytes: int) -> list
             )
         )
     rows += [
-        ("device capacity", format_bytes(capacity_bytes)),
+        (
+            "device capacity",
+            format_bytes(capacity_bytes) + " given as device.memory" * (config.device.memory is not None),
+        ),
         (
             "least device that works",
             f"{format_bytes(dry.tight_device_bytes)} under policy auto; {format_bytes(dry.least_device_bytes)} leaves room "

@@ -225,5 +225,9 @@ def _explained(key: str, value: str) -> Any:
         first = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [""])[0]
         if not isinstance(error, (OSError, ValueError, ImportError)):  # 'added_tokens', say, tells nobody anything
             first = f"{type(error).__name__}: {first}"
-        hint = "is the folder complete?" if Path(value).exists() else "is the name right, and is the Hub reachable?"
+        hint = (
+            "is the folder complete?"
+            if Path(value).exists()
+            else "no such folder here; is the name right, and is the Hub reachable?"
+        )
         raise UserError(f"{key} = {value!r}: {first} ({hint})") from error
