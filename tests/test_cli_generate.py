@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -156,7 +157,7 @@ class TestFoldersThatAreNotMeant:
 
     def test_adapters_alone(self, tmp_path: Path, capsys: Output) -> None:
         assert train(tmp_path, tmp_path / "run", "--train.max_steps", "1", "--model.lora.r", "2") == 0
-        capsys.readouterr()
+        assert re.search(r"model +[\d,]+ parameters, [\d,]+ of them trained, in \d+ chunks", capsys.readouterr().out)
         code = main(["generate", str(tmp_path / "run" / "model"), *CAP, "--prompt", "a"])
         says(code, capsys, 2, "holds adapters (LoRA) without the model", "peft.PeftModel.from_pretrained")
 

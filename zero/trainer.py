@@ -229,8 +229,12 @@ class Trainer:
         facts = engine.facts
         self._result.model_data_bytes = sum(f.value_bytes + f.companion_bytes for f in facts)
         num_parameters = sum(chunk.numel for chunk in manager.chunks)
+        num_trained = sum(
+            chunk.numel for chunk, fact in zip(manager.chunks, facts, strict=True) if fact.companion_bytes_per_numel
+        )
+        trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained,"
         rows = {
-            "model": f"{num_parameters:,} parameters in {len(facts)} chunks, {config.precision.dtype}",
+            "model": f"{num_parameters:,} parameters{trained} in {len(facts)} chunks, {config.precision.dtype}",
             "device": f"{manager.device.name}, {format_bytes(manager.device.capacity_bytes)}",
             "model data": f"{format_bytes(self._result.model_data_bytes)} (parameters, gradients, optimizer states)",
             "policy": config.memory.policy,
