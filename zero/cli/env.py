@@ -28,7 +28,6 @@ _PACKAGES = (
     "safetensors",
     "numpy",
     "pydantic",
-    "tyro",
     "rich",
 )
 _OPTIONAL_PACKAGES = ("tensorboard", "matplotlib", "peft", "wandb", "trackio", "mlflow")

@@ -1,9 +1,7 @@
 """Keys given on the command line: ``--section.key value``.
 
-Written here, small, although the command line is tyro's: over the schema with the file as default, tyro (1.0) stops at
-the first wrong value, cannot take a free table (``--model.config.hidden_size 64`` is refused while the parser is
-built), and needs a valid file before it looks at the arguments, so that a mistake in the file and one on the command
-line could not be shown together.
+Read without the schema's values: a free table can be given (``--model.config.hidden_size 64``), and a mistake in the file
+and one on the command line are shown together.
 """
 
 from __future__ import annotations
