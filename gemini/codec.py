@@ -37,11 +37,14 @@ class Codec(ABC):
             Beside them, where companions and values part, the key of the master names a copy of the values.
         states: keys under which master and states are read and written.
         speed: of an update on the host, where the cores and not the memory set it, as a multiple of that with fp32 states.
+        device_cost: of an update on the device, as a multiple of the seconds with fp32 states: there states are taken
+            apart and put together by operators of their own.
     """
 
     parts: tuple[Part, ...]
     states: tuple[str, ...]
     speed: float = 1.0
+    device_cost: float = 1.0
 
     @property
     def block_numel(self) -> int:

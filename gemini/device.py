@@ -253,9 +253,9 @@ class Device(ABC):
         """A context inside which tensors made by computation count as being on this device."""
         return contextlib.nullcontext()
 
-    def update_activity(self, numel: int) -> contextlib.AbstractContextManager[Any]:
-        """An :meth:`activity` that updates so many elements with the optimizer."""
-        del numel
+    def update_activity(self, numel: int, cost: float = 1.0) -> contextlib.AbstractContextManager[Any]:
+        """An :meth:`activity` that updates so many elements with the optimizer (:attr:`gemini.codec.Codec.device_cost`)."""
+        del numel, cost
         return self.activity()
 
     def host_updates(self, update: HostUpdate) -> None:

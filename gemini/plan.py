@@ -42,6 +42,8 @@ class ChunkFacts:
     """The chunk may be cut at multiples of so many elements."""
     update_speed: float = 1.0
     """As :attr:`gemini.codec.Codec.speed` has it."""
+    device_update_cost: float = 1.0
+    """As :attr:`gemini.codec.Codec.device_cost` has it."""
 
     @property
     def _state_bytes_per_numel(self) -> float:
@@ -151,6 +153,7 @@ def chunk_facts(
         coded_bytes_per_numel=coded,
         block_numel=1 if codec is None else codec.block_numel,
         update_speed=1.0 if codec is None else codec.speed,
+        device_update_cost=1.0 if codec is None else codec.device_cost,
     )
 
 

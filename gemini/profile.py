@@ -86,9 +86,9 @@ class HardwareProfile:
         floor = (bytes_per_numel + FETCH_BYTES_PER_NUMEL) / self.host_dram_bytes_per_s
         return numel * max(1 / (self.host_update_numel_per_s * speed), floor)
 
-    def device_update_s(self, numel: int) -> float:
-        """Seconds of an update on the device."""
-        return numel / self.device_update_numel_per_s
+    def device_update_s(self, numel: int, cost: float = 1.0) -> float:
+        """Seconds of an update on the device; ``cost`` as :attr:`gemini.codec.Codec.device_cost` has it."""
+        return numel * cost / self.device_update_numel_per_s
 
     @property
     def streamed_slowdown(self) -> float:

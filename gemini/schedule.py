@@ -189,7 +189,8 @@ class Schedule:
         if not on_device:
             self._updated_s[fact.index] = clock.update(fact.host_update(placement), label).stop_s
             return
-        clock.compute(clock.profile.device_update_s(on_device), 1, f"update {label}" if label else "")
+        update_s = clock.profile.device_update_s(on_device, fact.device_update_cost)
+        clock.compute(update_s, 1, f"update {label}" if label else "")
         if on_device < fact.numel:  # cut in two: the program carries out both parts
             clock.update_now(fact.host_update(placement), label)
         crossing_bytes = max(0, on_device - placement.resident_numel) * fact.value_itemsize

@@ -227,10 +227,10 @@ class SimulatedDevice(Device):
             self.clock.compute(profile.compute_s(work.flops, work.fp32_flops, work.traffic_bytes), work.num_ops)
 
     @contextlib.contextmanager
-    def update_activity(self, numel: int) -> Iterator[None]:
+    def update_activity(self, numel: int, cost: float = 1.0) -> Iterator[None]:
         """Operators inside count, but take the time of an update as a whole."""
         if self.clock is not None:
-            self.clock.compute(self.clock.profile.device_update_s(numel))
+            self.clock.compute(self.clock.profile.device_update_s(numel, cost))
         updated, self._updates = self._updates, True
         try:
             with self.activity():

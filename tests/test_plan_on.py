@@ -258,7 +258,7 @@ class TestForecast:
     def test_the_disk_of_this_machine_counts_for_no_other(
         self, dry: DryRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("zero.planning.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+        monkeypatch.setattr("zero.host_room.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
         config = load_config(write_config(tmp_path), {"memory": {"disk": str(tmp_path)}})
         there = replace(self.machine(3 << 20), host_bytes=1 << 20)
         assert forecast(config, dry, there).fits

@@ -134,6 +134,16 @@ class TestStep:
         assert found.step_s == pytest.approx(2 * 1.0 + 4 * 3.0)
         assert found.busy_s[IN] == found.busy_s[OUT] == found.busy_s[UPDATE] == 0.0
 
+    def test_states_that_are_taken_apart_cost_the_device_more(self) -> None:
+        facts, trace = _two_units()
+        coded = [replace(fact, device_update_cost=8.0) for fact in facts]
+        one, other = (replay(each, [Placement(10, 10)] * 2, trace, 10_000, SLOW) for each in (facts, coded))
+        assert other.step_s - one.step_s == pytest.approx(2 * 7.0)
+        assert (
+            replay(coded, [Placement()] * 2, trace, 10_000, SLOW).step_s
+            == replay(facts, [Placement()] * 2, trace, 10_000, SLOW).step_s
+        )  # on the host they go through the kernel
+
     def test_companions_on_the_device_of_early_layers_let_the_forward_begin_at_once(self) -> None:
         """Device update of the first 0-1; update of the second on the host 0-10, under the forward of the first."""
         facts, trace = _two_units()

@@ -12,7 +12,7 @@ from gemini.segment import Placement
 from gemini.units import format_bytes
 from zero.config.schema import Config
 from zero.config.words import show
-from zero.optim.coded import SPEEDS
+from zero.optim.coded import SPEEDS, device_cost
 from zero.optim.formats import FORMATS, FP32
 
 Rows = list[tuple[str, str, int, str]]
@@ -102,6 +102,7 @@ def in_format(fact: ChunkFacts, name: str) -> ChunkFacts:
         coded_bytes_per_numel=coded_bytes,
         block_numel=max(buffer.block_numel for buffer in buffers),
         update_speed=SPEEDS[name],
+        device_update_cost=device_cost(FORMATS[name]),
     )
 
 

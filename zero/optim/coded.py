@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -9,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gemini.codec import Codec
+from gemini.profile import UPDATE_BYTES_PER_NUMEL
 from gemini.segment import MASTER
 from gemini.tracker import StorageTracker
+from gemini.work import Work
 from zero.config.schema import Config
 from zero.errors import UserError
 from zero.optim.formats import FORMATS, FP32, MEAN, SQUARE, Noise, StateFormat
@@ -36,6 +39,7 @@ class FormatCodec(Codec):
     def __init__(self, form: StateFormat, seed: int, index: int) -> None:
         self.form = form
         self.speed = SPEEDS.get(form.name, 1.0)
+        self.device_cost = device_cost(form)
         self.parts = form.buffers
         self._seed = seed
         self._index = index
@@ -100,11 +104,23 @@ def align_numel(form: StateFormat, dtype: torch.dtype, trainable: bool) -> int:
 
 def coding_bytes_per_numel(form: StateFormat) -> int:
     """Bytes per element that an update in pieces takes at its highest to decode and encode; learnt from a trial."""
+    return _trial(form)[0]
+
+
+def device_cost(form: StateFormat) -> float:
+    """See :attr:`gemini.codec.Codec.device_cost`: by what the operators of decoding and encoding read and write."""
+    return 1.0 + _trial(form)[1] / UPDATE_BYTES_PER_NUMEL
+
+
+@functools.cache
+def _trial(form: StateFormat) -> tuple[int, float]:
+    """Of decoding and encoding: bytes per element at the highest, and bytes per element read and written."""
     if form is FP32:
-        return 0
+        return 0, 0.0
     with _disable_current_modes(), torch.no_grad():
         buffers, values = form.new_buffers(_TRIAL_NUMEL), torch.zeros(_TRIAL_NUMEL, dtype=torch.bfloat16)
-        tracker = StorageTracker(lambda _: None)
+        tracker, work = StorageTracker(lambda _: None), Work()
+        tracker.on_work = work.add
         for buffer in (*buffers.values(), values):
             tracker.exempt(buffer)
         with tracker:
@@ -112,4 +128,5 @@ def coding_bytes_per_numel(form: StateFormat) -> int:
             before_bytes = tracker.live_bytes
             states = form.decode(buffers, values)
             form.encode(states, buffers, values, Noise())
-        return -(-(tracker.peak_bytes - before_bytes) // _TRIAL_NUMEL)
+        highest_bytes = -(-(tracker.peak_bytes - before_bytes) // _TRIAL_NUMEL)
+        return highest_bytes, work.traffic_bytes / _TRIAL_NUMEL

@@ -308,7 +308,9 @@ class ChunkUpdater:
         return numel if segment.codec is None else min(numel, PIECE_NUMEL)
 
     def _on(self, segment: Segment, numel: int = 0) -> contextlib.AbstractContextManager[Any]:
-        return self._store.device.update_activity(numel) if segment.updates_on_device else contextlib.nullcontext()
+        if not segment.updates_on_device:
+            return contextlib.nullcontext()
+        return self._store.device.update_activity(numel, 1.0 if segment.codec is None else segment.codec.device_cost)
 
     def _count(self, work: ChunkWork, tensor: ChunkTensor) -> None:
         """Step counts and the like of a parameter that only others own a part of: all processes know the same of them.
