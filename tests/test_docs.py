@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from gemini.exchange import ALONE
 from gemini.layout import ParameterSpec, UnitSpec, build_layout
 from gemini.plan import chunk_facts
+from gemini.profile import NAMED
 from zero.cli.main import main
 from zero.config import load_config, to_toml
 from zero.launcher import launch
@@ -234,6 +235,10 @@ def _small(words: list[str], model_folder: Path, folder: Path) -> list[str]:
         word.replace("runs/quickstart", str(run)).replace("runs/exported", str(folder / "exported")) for word in words
     ]
     if words[0] in ("train", "plan") and "quickstart" not in words[1]:
+        if "--on" in words:
+            card = words.index("--on")
+            assert words[card + 1] in NAMED
+            del words[card : card + 2]
         return ["validate", *words[1:]]  # a model of the Hub: the file and the keys are checked
     if words[0] == "train":
         small = ("--train.max_steps", "1", "--data.max_samples", "4", "--data.eval_fraction", "0")
