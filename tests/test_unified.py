@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from opt_models import KINDS, SHAPE, opt_model, randomized, saved
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
@@ -25,53 +26,15 @@ from zero.models.unified_weights import (
     weight_shapes,
 )
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "ffn_dim": 40, "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}  # fmt: skip
 GPT2_SHAPE: dict[str, Any] = {"vocab_size": 61, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 32}
 
-# Every kind of OPT that its class can be told to be.
-OPT_KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "untied": {"tie_word_embeddings": False},
-    "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 12},
-    "350m_untied": {"do_layer_norm_before": False, "word_embed_proj_dim": 12, "tie_word_embeddings": False},
-    "post_norm": {"do_layer_norm_before": False},
-    "no_final_norm": {"_remove_final_layer_norm": True},
-    "no_bias": {"enable_bias": False},
-    "no_affine": {"layer_norm_elementwise_affine": False},
-}
 BOTH_EXPRESS = ("plain", "untied")
-
-
-def opt_model(**changes: Any) -> OPTForCausalLM:
-    """A tiny OPT, every parameter random: biases, norms and unread position rows, too."""
-    torch.manual_seed(5)
-    model = OPTForCausalLM(OPTConfig(**(SHAPE | changes))).eval()
-    return _randomized(model)
 
 
 def gpt2_model(**changes: Any) -> GPT2LMHeadModel:
     """A tiny GPT-2, every parameter random."""
     torch.manual_seed(6)
-    return _randomized(GPT2LMHeadModel(GPT2Config(**(GPT2_SHAPE | {"embd_pdrop": 0.0} | changes))).eval())
-
-
-def _randomized(model: Any) -> Any:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
-
-
-def saved(model: Any) -> dict[str, torch.Tensor]:
-    """The weights as a folder holds them, without the tied head."""
-    return {
-        name: value.clone()
-        for name, value in model.state_dict().items()
-        if name != "lm_head.weight" or not model.config.tie_word_embeddings
-    }
+    return randomized(GPT2LMHeadModel(GPT2Config(**(GPT2_SHAPE | {"embd_pdrop": 0.0} | changes))).eval())
 
 
 def assert_bitwise(given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
@@ -92,11 +55,9 @@ def same_config(given: Any, wanted: Any) -> bool:
 
 
 class TestDescription:
-    @pytest.mark.parametrize("kind", OPT_KINDS)
+    @pytest.mark.parametrize("kind", KINDS)
     def test_opt_there_and_back(self, kind: str) -> None:
-        config = OPTConfig(
-            **(SHAPE | OPT_KINDS[kind]), dropout=0.3, attention_dropout=0.2, layerdrop=0.1, init_std=0.006
-        )
+        config = OPTConfig(**(SHAPE | KINDS[kind]), dropout=0.3, attention_dropout=0.2, layerdrop=0.1, init_std=0.006)
         assert same_config(UnifiedConfig.from_config(config).to_config("opt"), config)
 
     @pytest.mark.parametrize("name", OPT_SIZES)
@@ -153,7 +114,7 @@ class TestDescription:
         ],
     )
     def test_what_gpt2_cannot_express_is_named(self, kind: str, words: list[str]) -> None:
-        model = UnifiedConfig.from_config(OPTConfig(**(SHAPE | OPT_KINDS[kind])))
+        model = UnifiedConfig.from_config(OPTConfig(**(SHAPE | KINDS[kind])))
         assert [problem.split(" ")[0] for problem in model.problems("gpt2")] == words
 
     @pytest.mark.parametrize(("field", "value"), [("layerdrop", 0.1), ("activation_dropout", 0.1)])
@@ -214,9 +175,9 @@ class TestDescription:
 
 
 class TestWeights:
-    @pytest.mark.parametrize("kind", OPT_KINDS)
+    @pytest.mark.parametrize("kind", KINDS)
     def test_the_shapes_are_those_of_the_class(self, kind: str) -> None:
-        model = opt_model(**OPT_KINDS[kind])
+        model = opt_model(**KINDS[kind])
         wanted = {name: value.shape for name, value in saved(model).items()}
         assert weight_shapes(UnifiedConfig.from_config(model.config), "opt") == wanted
 
@@ -229,7 +190,7 @@ class TestWeights:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("kind", BOTH_EXPRESS)
     def test_opt_there_and_back_is_the_identity(self, kind: str, dtype: torch.dtype) -> None:
-        model = opt_model(**OPT_KINDS[kind]).to(dtype)
+        model = opt_model(**KINDS[kind]).to(dtype)
         described, before = UnifiedConfig.from_config(model.config), saved(model)
         gpt2 = dict(to_gpt2_weights(described, WeightsInMemory(before)))
         rows = gpt2.pop(UNREAD_ROWS)
@@ -247,7 +208,7 @@ class TestWeights:
     @pytest.mark.parametrize("activation", ["relu", "gelu_new", "gelu"])
     @pytest.mark.parametrize("kind", BOTH_EXPRESS)
     def test_the_logits_agree(self, kind: str, activation: str) -> None:
-        opt = opt_model(**OPT_KINDS[kind], activation_function=activation)
+        opt = opt_model(**KINDS[kind], activation_function=activation)
         described = UnifiedConfig.from_config(opt.config)
         gpt2 = GPT2LMHeadModel(described.to_config("gpt2")).eval()
         weights = dict(to_gpt2_weights(described, WeightsInMemory(saved(opt))))

@@ -1,1 +1,1 @@
-"""Models and tokenizers from a config."""
+"""Models and tokenizers from a config; the OPT family: its sizes, OPT as GPT-2 and back, metaseq checkpoints."""

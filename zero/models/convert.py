@@ -34,7 +34,8 @@ def convert_folder(
 ) -> UnifiedConfig:
     """Makes a GPT-2 folder of an OPT folder, or the other way round, with the same logits.
 
-    Weights stay in their dtype and are streamed: host memory holds 2 GiB of them at most, or one tensor that is larger.
+    Weights stay in their dtype and are streamed: host memory holds one file of the target (2 GiB, or one tensor that is
+    larger), twice while it is written.
     Tokenizer, chat template and generation config are copied. Nothing is written where something is wrong.
 
     Args:

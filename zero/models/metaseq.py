@@ -41,8 +41,9 @@ def convert_metaseq(
 ) -> UnifiedConfig:
     """Makes a Hugging Face folder of a metaseq checkpoint, with the same logits.
 
-    Files are mapped, not read as a whole, and weights are put together one at a time: host memory holds 2 GiB of them
-    at most, or one tensor that is larger. They stay in their dtype. Nothing is written where something is wrong.
+    Files are mapped, not read as a whole, and weights are put together one at a time: host memory holds one file of the
+    target (2 GiB, or one tensor that is larger), twice while it is written. They stay in their dtype. Nothing is
+    written where something is wrong.
 
     Args:
         source: folder with the files ``NAME-model_part-P-shardS.pt``, ``NAME-model_part-P.pt`` or ``NAME.pt``, or one

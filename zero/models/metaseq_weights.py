@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -96,18 +96,22 @@ class MetaseqWeights:
             UserError: the parts' pieces do not fit together.
         """
         source, third = self._sources[name]
-        pieces = [part.read(source, _rows(part.shape(source), third)) for part in self._parts]
-        dim = _merged_dim(source)
-        if len(pieces) == 1:
-            return pieces[0]
-        if len({piece.dtype for piece in pieces}) > 1:
+        if len({part.dtype(source) for part in self._parts}) > 1:
             raise UserError(f"{source} is not of one dtype in all tensor-parallel parts")
-        if dim is not None:
-            try:
-                return torch.cat(pieces, dim=dim)
-            except RuntimeError as error:
-                raise UserError(f"{source}: the tensor-parallel parts do not fit together ({error})") from error
-        return _replicated(source, pieces)
+        dim = _merged_dim(source)
+        pieces = (part.read(source, _rows(part.shape(source), third)) for part in self._parts)
+        if dim is None:
+            return _replicated(source, pieces)
+        whole, at = torch.empty(self.shape(name), dtype=self.dtype(name)), 0
+        for piece in pieces:  # one at a time, so that no second copy of the whole is ever there
+            place = whole.narrow(dim, at, piece.shape[dim])
+            if place.shape != piece.shape:
+                raise UserError(
+                    f"{source}: parts of shapes {tuple(place.shape)} and {tuple(piece.shape)} do not fit together"
+                )
+            place.copy_(piece)
+            at += piece.shape[dim]
+        return whole
 
 
 def _rows(shape: torch.Size, third: int | None) -> slice | None:
@@ -124,10 +128,10 @@ def _merged_dim(source: str) -> int | None:
     return 1 if _BY_COLUMNS.fullmatch(source) else None
 
 
-def _replicated(source: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+def _replicated(source: str, pieces: Iterator[torch.Tensor]) -> torch.Tensor:
     """The first part's, as metaseq does; where others have drifted away it is worth a word."""
-    first = pieces[0]
-    for number, piece in enumerate(pieces[1:], start=1):
+    first = next(pieces)
+    for number, piece in enumerate(pieces, start=1):
         if piece.shape != first.shape:
             raise UserError(f"{source} has shape {tuple(piece.shape)} in part {number}, {tuple(first.shape)} in part 0")
         if not torch.equal(piece, first):
