@@ -29,7 +29,6 @@ class Job:
         self.choices = [Choice(index) for index in range(n)]
         self.done = threading.Event()
         self.error: BaseException | None = None
-        self.is_cancelled = False
         self._on_piece = on_piece
 
     def result(self, timeout_s: float | None = None) -> list[Choice]:
