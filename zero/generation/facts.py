@@ -14,6 +14,13 @@ from zero.models.build import max_positions
 
 _ATTENDS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention", "dummy", "moe", "mlp"})
 
+_OPTIONS: dict[str, Any] = {
+    "use_cache": True,
+    "logits_to_keep": 1,  # the last ones
+    "num_logits_to_keep": 1,
+    "output_router_logits": False,  # else a loss is made of them, also without labels
+}
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -25,7 +32,7 @@ class ModelFacts:
         num_tokens: of its vocabulary.
         ends: token numbers that end a text.
         takes_positions: its forward is told them; else it finds them from the mask.
-        keep_name: of the argument that asks for the last logits alone; None where there is none.
+        options: further arguments of every forward.
         position_bytes: of keys and values per position, as its config has it; what a pass has made counts later.
     """
 
@@ -34,7 +41,7 @@ class ModelFacts:
     num_tokens: int
     ends: frozenset[int]
     takes_positions: bool
-    keep_name: str | None
+    options: dict[str, Any]
     position_bytes: int
 
 
@@ -50,14 +57,13 @@ def facts_of(model: nn.Module, tokenizer: Any) -> ModelFacts:
     parameters = inspect.signature(base.forward).parameters
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     _require_causal(base, config, parameters)
-    keep_names = ("logits_to_keep", "num_logits_to_keep")
     return ModelFacts(
         num_layers=int(config.num_hidden_layers),
         max_positions=max_positions(config),
         num_tokens=int(config.vocab_size),
         ends=_ends(base, tokenizer),
         takes_positions="position_ids" in parameters,
-        keep_name=next((name for name in keep_names if name in parameters), None),
+        options={name: value for name, value in _OPTIONS.items() if name in parameters},
         position_bytes=_position_bytes(base, config),
     )
 

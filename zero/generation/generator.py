@@ -27,7 +27,7 @@ from zero.generation.counting import Counting
 from zero.generation.facts import ModelFacts, facts_of
 from zero.generation.jobs import Job
 from zero.generation.limits import GenerationStatistics, Limits
-from zero.generation.passes import Passes, ran_out, without_locals
+from zero.generation.passes import GOOD_PASSES, Passes, ran_out, without_locals
 from zero.generation.pieces import Piece
 from zero.generation.prompts import PromptReader
 from zero.generation.requests import Requests
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("zero")
 
-_GOOD_PASSES = 32
-"""After so many without a shortage of memory, twice as many rows may run as after it."""
 MOST_CHOICES = 128
 _UNLIMITED = 1 << 20
 """Tokens of a request to a model that has no most."""
@@ -251,7 +249,7 @@ class Generator:
             scheduler.most_rows = max(1, num_running // 2)
         elif scheduler.most_rows < self.limits.max_rows:
             self._num_good_passes += 1
-            if self._num_good_passes >= _GOOD_PASSES:
+            if self._num_good_passes >= GOOD_PASSES:
                 self._num_good_passes = 0
                 scheduler.most_rows = min(self.limits.max_rows, 2 * scheduler.most_rows)
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("zero")
 
+GOOD_PASSES = 32
+"""After so many without a shortage of memory, twice as much is tried as after it."""
+_ALL = 1 << 10
+
 Outcome = torch.Tensor | Exception
 """Logits of the last position, [rows, vocabulary] in fp32 on the device; or why there are none."""
 
@@ -35,10 +39,10 @@ def ran_out(error: BaseException) -> bool:
 
 def without_locals(error: Exception) -> Exception:
     """The error without what its frames hold: tensors on the device that would outlive the pass."""
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__cause__ or seen.__context__
+    chain: list[BaseException] = [error]
+    for link in chain:
+        traceback.clear_frames(link.__traceback__)
+        chain += [other for other in (link.__cause__, link.__context__) if other is not None and other not in chain]
     return error
 
 
@@ -61,15 +65,27 @@ class Passes:
         sweep = Sweep(engine)
         self._sweep: Sweep | None = sweep if sweep.blocks else None
         self.num_forwards = 0
+        # Of all forwards that go together the hidden states are there at the same time.
+        self._most_together = _ALL
+        self._num_good = 0
 
     def run(self, buckets: Sequence[Bucket]) -> list[Outcome]:
         """One outcome for each bucket; weights cross the link once for all of them where they can."""
-        outcomes: list[Outcome] | None = None
+        outcomes: list[Outcome] = []
         with torch.no_grad(), self._evaluating():
-            if len(buckets) > 1 and self._sweep is not None:
-                outcomes = self._together(buckets, self._sweep)
-            if outcomes is None:
-                outcomes = [self._alone(bucket) for bucket in buckets]
+            while len(outcomes) < len(buckets):
+                outcomes += self._some(buckets[len(outcomes) :][: self._most_together])
+        self._num_good += 1
+        if self._num_good % GOOD_PASSES == 0:
+            self._most_together = min(_ALL, 2 * self._most_together)
+        return outcomes
+
+    def _some(self, buckets: Sequence[Bucket]) -> list[Outcome]:
+        outcomes = None
+        if len(buckets) > 1 and self._sweep is not None:
+            outcomes = self._together(buckets, self._sweep)
+        if outcomes is None:
+            outcomes = [self._alone(bucket) for bucket in buckets]
         return outcomes
 
     @contextlib.contextmanager
@@ -95,7 +111,9 @@ class Passes:
             self._sweep = None
             return None
         except Exception as error:
-            logger.debug("a pass of %d forwards failed, each is run alone: %s", len(buckets), error)
+            logger.debug("%d forwards together failed, each is run alone: %s", len(buckets), error)
+            if ran_out(error):
+                self._most_together, self._num_good = max(1, len(buckets) // 2), 0
             return None
         self.num_forwards += len(buckets)
         return outcomes
@@ -105,6 +123,8 @@ class Passes:
             logits = self._forward(self._engine, self._inputs(bucket))
         except Exception as error:
             return without_locals(error)
+        finally:
+            self._engine._last_batch = ((), {}, 1)  # kept for refusals of training passes; it refers to the cache
         self.num_forwards += 1
         return logits
 
@@ -112,13 +132,9 @@ class Passes:
         device = self._engine.device
         with device.activity():
             ids, mask, positions = (tensor.to(device.torch_device) for tensor in bucket.inputs(self._pad))
-        values: dict[str, Any] = {
-            "input_ids": ids, "attention_mask": mask, "past_key_values": bucket.cache, "use_cache": True,
-        }  # fmt: skip
+        values = {"input_ids": ids, "attention_mask": mask, "past_key_values": bucket.cache, **self._facts.options}
         if self._facts.takes_positions:
             values["position_ids"] = positions
-        if self._facts.keep_name is not None:
-            values[self._facts.keep_name] = 1
         return values
 
     def _forward(self, model: Any, values: dict[str, Any]) -> torch.Tensor:
