@@ -144,13 +144,12 @@ class RowsLayer(CacheLayerMixin):  # type: ignore[misc]
     def _put(self, held: torch.Tensor, states: torch.Tensor, length: int, end: int) -> torch.Tensor:
         account = self._extent.account
         if account.on_host:
-            every = states
-            if length:
-                every = states.new_empty((*states.shape[:2], end, states.shape[3]))
-                every[:, :, :length].copy_(held[:, :, :length], non_blocking=True)
-                every[:, :, length:] = states
-            # Waits for the device: the host's copy is read at the next pass, or moved when rows leave before it.
-            held[:, :, length:end].copy_(states)
+            every = states if not length else states.new_empty((*states.shape[:2], end, states.shape[3]))
+            with account.activity():
+                # Waits for the device: what is on the host is read at the next pass, or moved when rows leave before it.
+                held[:, :, length:end].copy_(states)
+                if length:
+                    every.copy_(held[:, :, :end], non_blocking=True)
             return every
         held[:, :, length:end] = states
         return held[:, :, :end] if length else states

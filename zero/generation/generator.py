@@ -27,7 +27,7 @@ from zero.generation.counting import Counting
 from zero.generation.facts import ModelFacts, facts_of
 from zero.generation.jobs import Job
 from zero.generation.limits import GenerationStatistics, Limits
-from zero.generation.passes import GOOD_PASSES, Passes, ran_out, without_locals
+from zero.generation.passes import GOOD_PASSES, Passes, ran_out, without_traces
 from zero.generation.pieces import Piece
 from zero.generation.prompts import PromptReader
 from zero.generation.requests import Requests
@@ -213,7 +213,7 @@ class Generator:
             with self._engine.device.activity():
                 chosen = choose(logits, bucket.rows)
         except Exception as error:
-            return without_locals(error)
+            return without_traces(error)
         self._counting.add(bucket)
         bucket.commit()
         self._scheduler.measure(bucket)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +36,17 @@ def ran_out(error: BaseException) -> bool:
     )
 
 
-def without_locals(error: Exception) -> Exception:
-    """The error without what its frames hold: tensors on the device that would outlive the pass."""
+def without_traces(error: Exception) -> Exception:
+    """The error without its frames, which refer to tensors on the device, and by way of their callers to the error.
+
+    Where it is not for want of memory the log has it with them.
+    """
+    if not ran_out(error):
+        logger.warning("a forward failed", exc_info=error)
     chain: list[BaseException] = [error]
     for link in chain:
-        traceback.clear_frames(link.__traceback__)
         chain += [other for other in (link.__cause__, link.__context__) if other is not None and other not in chain]
+        link.__traceback__ = None
     return error
 
 
@@ -122,7 +126,7 @@ class Passes:
         try:
             logits = self._forward(self._engine, self._inputs(bucket))
         except Exception as error:
-            return without_locals(error)
+            return without_traces(error)
         finally:
             self._engine._last_batch = ((), {}, 1)  # kept for refusals of training passes; it refers to the cache
         self.num_forwards += 1
