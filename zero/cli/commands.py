@@ -169,11 +169,10 @@ def generate(arguments: argparse.Namespace, rest: list[str]) -> int:
             f"--{unread[0]}.*: zero generate does not read it; it reads "
             + ", ".join(f"--{table}.*" for table in sorted(_GENERATE_TABLES))
         )
-    from zero.cli.generate import continue_text
+    from zero.cli.generate import generate_texts
 
     config = load_config({"model": {"name_or_path": arguments.model}}, overrides, require=("model",))
-    sys.stdout.write(continue_text(config, arguments) + "\n")
-    return 0
+    return generate_texts(config, arguments)
 
 
 def _nothing_more(rest: list[str]) -> None:

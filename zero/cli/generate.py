@@ -5,78 +5,139 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import sys
 from typing import Any
 
-import torch
-
+from zero.cli.prompts import Prompt, open_output, read_prompts, run_prompts
 from zero.config.schema import Config
 from zero.errors import UserError
+from zero.generation import Generator, Piece, Sampling
+from zero.generation.sampling import LEAST_TEMPERATURE, MOST_SEED, MOST_TEMPERATURE
 from zero.initializer import initialize
 from zero.models.build import build_model, build_tokenizer, max_positions, model_config
 
 logger = logging.getLogger("zero")
 
 _DEFAULT_NEW_TOKENS = 64
-_TEMPERATURES = (1e-3, 1e3)
+EXIT_FAILED = 1
 
 
-def continue_text(config: Config, arguments: argparse.Namespace) -> str:
-    """Prompt and continuation.
+def generate_texts(config: Config, arguments: argparse.Namespace) -> int:
+    """Prompt and continuation on stdout, or those of a file of prompts as JSON lines.
+
+    Returns:
+        The exit code: 1 if a prompt of a file failed.
 
     Raises:
-        UserError: a number is out of range, the text is too long, or model or tokenizer cannot be had.
+        UserError: a number is out of range, a text is too long, or model or tokenizer cannot be had.
     """
     _check(arguments)
+    given = None if arguments.prompts is None else read_prompts(arguments.prompts, _settings(arguments), arguments.n)
     tokenizer = build_tokenizer(config)
-    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
-    num_new = _num_new_tokens(arguments.max_new_tokens, inputs["input_ids"], max_positions(model_config(config)))
+    num_positions = max_positions(model_config(config))
+    if given is None:
+        prompt = _one_prompt(arguments, tokenizer, num_positions)
+        generator = _generator(config, tokenizer)
+        _continue(generator, prompt, tokenizer)
+        failed = False
+    else:
+        with open_output(arguments.out) as output:
+            generator = _generator(config, tokenizer)
+            failed = run_prompts(generator, given, output) > 0
+    generator.engine.close(keep_values=False)
+    return EXIT_FAILED if failed else 0
+
+
+def _generator(config: Config, tokenizer: Any) -> Generator:
     model: Any = build_model(config, tokenizer)
     model.requires_grad_(False)
     model.eval()
     engine, *_ = initialize(model, config=config)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if arguments.temperature > 0:
-        sampling = {
-            "do_sample": True,
-            "temperature": arguments.temperature,
-            "top_k": arguments.top_k,
-            "top_p": arguments.top_p,
-        }
-    torch.manual_seed(arguments.seed)
-    with torch.no_grad():
-        tokens = model.generate(**inputs, max_new_tokens=num_new, pad_token_id=tokenizer.pad_token_id, **sampling)
-    engine.close()
-    text: str = tokenizer.decode(tokens[0], skip_special_tokens=True)
-    return text
+    return Generator(engine, tokenizer)
+
+
+def _continue(generator: Generator, prompt: Prompt, tokenizer: Any) -> None:
+    """One prompt: its text comes as it is made, where there is one answer."""
+
+    def show(piece: Piece) -> None:
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+
+    start = tokenizer.decode(prompt.tokens, skip_special_tokens=True)
+    job = generator.submit(prompt.tokens, prompt.sampling, prompt.n, show if prompt.n == 1 else None)
+    if prompt.n == 1:
+        sys.stdout.write(start)
+    generator.run()
+    for choice in job.result():
+        sys.stdout.write("\n" if prompt.n == 1 else f"[{choice.index + 1}] {start}{choice.text}\n")
+        for said in choice.logprobs:
+            others = "".join(f"  {text!r} {value:.4f}" for _, text, value in said.top)
+            sys.stdout.write(f"{said.logprob:10.4f} {said.text!r}{'  of' if others else ''}{others}\n")
+
+
+def _one_prompt(arguments: argparse.Namespace, tokenizer: Any, num_positions: int | None) -> Prompt:
+    text = "The" if arguments.prompt is None else arguments.prompt
+    tokens = list(tokenizer(text, return_token_type_ids=False)["input_ids"])
+    num_new = _num_new_tokens(arguments.max_new_tokens, len(tokens), num_positions)
+    return Prompt(text, Sampling(max_new_tokens=num_new, **_settings(arguments)), arguments.n, tokens)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of all prompts, as :class:`Sampling` names them."""
+    given: dict[str, Any] = {
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "repetition_penalty": arguments.repetition_penalty,
+        "stop": tuple(arguments.stop),
+        "seed": arguments.seed,
+        "logprobs": arguments.logprobs,
+    }
+    if arguments.prompts is not None and arguments.max_new_tokens is not None:
+        given["max_new_tokens"] = arguments.max_new_tokens
+    return given
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuses numbers and texts that cannot be used, before anything is loaded."""
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: must be at least 1")
-    least, most = _TEMPERATURES
     temperature = arguments.temperature
-    if temperature != 0 and not least <= temperature <= most:  # nan is in no range
-        raise UserError(f"--temperature {temperature}: must be 0 (the likeliest token), or from {least} to {most:g}")
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:  # nan is in no range
+        raise UserError(
+            f"--temperature {temperature}: must be 0 (the likeliest token), or from {LEAST_TEMPERATURE} to "
+            f"{MOST_TEMPERATURE:g}"
+        )
     if not 0 < arguments.top_p <= 1 or arguments.top_k < 0:
         raise UserError("--top-p must be above 0 and at most 1, --top-k 0 or more")
-    if not 0 <= arguments.seed < 1 << 63:
-        raise UserError(f"--seed {arguments.seed}: must be from 0 to {(1 << 63) - 1}")
+    if not 0 <= arguments.seed <= MOST_SEED:
+        raise UserError(f"--seed {arguments.seed}: must be from 0 to {MOST_SEED}")
     if temperature == 0 and (arguments.top_k or not math.isclose(arguments.top_p, 1.0)):
         raise UserError("--top-k and --top-p choose among drawn tokens; give a --temperature above 0 with them")
+    if arguments.n < 1:
+        raise UserError(f"-n {arguments.n}: must be at least 1")
+    if arguments.prompts is not None and arguments.prompt is not None:
+        raise UserError("--prompt and --prompts: give one of them")
+    if arguments.prompts is None and arguments.out is not None:
+        raise UserError("--out is for the answers to --prompts FILE; the answer to one --prompt goes to stdout")
+    Sampling(**_settings(arguments))
+    for text in (arguments.prompt or "", *arguments.stop):
+        _require_utf8("--prompt" if text == arguments.prompt else "--stop", text)
+
+
+def _require_utf8(name: str, text: str) -> None:
     try:
-        arguments.prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"--prompt: not UTF-8 at character {error.start + 1}") from error
+        raise UserError(f"{name}: not UTF-8 at character {error.start + 1}") from error
 
 
-def _num_new_tokens(wanted: int | None, prompt: torch.Tensor, num_positions: int | None) -> int:
-    """How many tokens to add to a prompt of these token numbers.
+def _num_new_tokens(wanted: int | None, num_given: int, num_positions: int | None) -> int:
+    """How many tokens to add to a prompt of so many.
 
     Raises:
         UserError: the model has no room for so many, or the prompt is empty.
     """
-    num_given = prompt.numel()
     if num_given == 0:
         raise UserError("--prompt: the prompt has no tokens; give some text")
     num_new = _DEFAULT_NEW_TOKENS if wanted is None else wanted

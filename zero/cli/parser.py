@@ -152,11 +152,18 @@ def _add_generate(verbs: Verbs) -> None:
     generate = verbs.add_parser(
         "generate",
         help="continue a prompt with a trained model, under a memory cap",
-        description="Continues a prompt. A model larger than the device is fetched in chunks (--device.memory 2GiB).",
+        description="""\
+Continues a prompt, or each prompt of a file (--prompts). A model larger than the device is fetched in chunks
+(--device.memory 2GiB), once for all prompts that run together.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         splitter=keys_aside,
     )
     generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder or name, such as runs/quickstart/model")
-    generate.add_argument("--prompt", default="The", metavar="TEXT", help="text to continue (default: The)")
+    generate.add_argument("--prompt", metavar="TEXT", help="text to continue (default: The)")
+    generate.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='one prompt per line; .jsonl: {"prompt": ..., and settings}'
+    )
+    generate.add_argument("--out", type=Path, metavar="FILE", help="with --prompts: where JSON lines go (stdout)")
     generate.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="most tokens to add (64, or what the model reads)"
     )
@@ -167,7 +174,17 @@ def _add_generate(verbs: Verbs) -> None:
     generate.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="draw from this share of probability (1)"
     )
+    generate.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="P", help="above 1: what was said is less likely (1)"
+    )
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (0)")
+    generate.add_argument("-n", type=int, default=1, metavar="N", help="answers to each prompt (1)")
+    generate.add_argument(
+        "--logprobs", type=int, metavar="K", help="log-probabilities of each token and of the K likeliest"
+    )
     generate.set_defaults(run=commands.generate)
 
 

@@ -21,7 +21,7 @@ from gemini.hostinfo import host_memory
 from gemini.units import format_bytes
 from zero.errors import UserError
 from zero.generation.buckets import Bucket
-from zero.generation.cache import CacheAccount
+from zero.generation.cache import CacheAccount, rounded
 from zero.generation.choosing import choose
 from zero.generation.counting import Counting
 from zero.generation.facts import ModelFacts, facts_of
@@ -54,6 +54,7 @@ class Generator:
         limits: what it may use.
 
     Attributes:
+        engine: the engine.
         limits: the same, with what was left open filled in.
 
     Raises:
@@ -63,7 +64,7 @@ class Generator:
     def __init__(self, engine: Engine, tokenizer: Any, limits: Limits = Limits()) -> None:  # noqa: B008
         facts = facts_of(engine.module, tokenizer)
         self.limits = _resolved(limits, facts, engine)
-        self._engine = engine
+        self.engine = engine
         self._facts = facts
         self._account = CacheAccount(engine.device, self.limits.max_cache_bytes or 0, limits.cache_on_host)
         self._scheduler = Scheduler(facts.num_layers, self._account, self.limits, facts.position_bytes)
@@ -160,14 +161,14 @@ class Generator:
         scheduler.admit()
         if not scheduler.buckets:
             return self._nothing_runs()
-        started_s, before_bytes = time.perf_counter(), self._engine.manager.transfer.h2d_bytes
+        started_s, before_bytes = time.perf_counter(), self.engine.manager.transfer.h2d_bytes
         num_running = scheduler.num_rows
         shortage |= self._take_over(list(scheduler.buckets), num_running)
         shortage |= self._settle()
         self._adapt(shortage, num_running)
         counting.num_passes += 1
         counting.busy_s += time.perf_counter() - started_s
-        counting.streamed_bytes += self._engine.manager.transfer.h2d_bytes - before_bytes
+        counting.streamed_bytes += self.engine.manager.transfer.h2d_bytes - before_bytes
         self._publish()
         return True
 
@@ -210,7 +211,7 @@ class Generator:
 
     def _advance(self, bucket: Bucket, logits: torch.Tensor) -> Exception | None:
         try:
-            with self._engine.device.activity():
+            with self.engine.device.activity():
                 chosen = choose(logits, bucket.rows)
         except Exception as error:
             return without_traces(error)
@@ -282,5 +283,8 @@ def _resolved(limits: Limits, facts: ModelFacts, engine: Engine) -> Limits:
     max_cache_bytes = limits.max_cache_bytes
     if max_cache_bytes is None:
         is_host = limits.cache_on_host or engine.device.is_host
-        max_cache_bytes = (host_memory().available_bytes if is_host else engine.device.capacity_bytes) // 4
+        room_bytes = host_memory().available_bytes if is_host else engine.device.capacity_bytes
+        # A fourth part, or what the longest text alone needs, with a tensor that is being made anew.
+        row_bytes = rounded(max_tokens) * facts.position_bytes * 5 // 4
+        max_cache_bytes = max(1, min(room_bytes // 2, max(room_bytes // 4, row_bytes)))
     return dataclasses.replace(limits, max_tokens=max_tokens, max_cache_bytes=max_cache_bytes)

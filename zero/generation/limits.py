@@ -15,7 +15,8 @@ class Limits:
         max_rows: choices that run at a time; the others wait.
         max_tokens: prompt and new tokens of one choice; None: as many positions as the model has.
         max_batch_tokens: positions, padding counted, that go through the model in one pass; a longer prompt goes alone.
-        max_cache_bytes: of keys and values; None: a quarter of the device, or of the host's free memory.
+        max_cache_bytes: of keys and values; None: a quarter of the device, or of the host's free
+            memory, or what the longest text needs if that is more, up to half.
         cache_on_host: keys and values lie on the host, and each layer's come to the device while it runs.
     """
 
