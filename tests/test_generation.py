@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -213,6 +215,55 @@ class TestRequests:
             assert len(tokens_of(jobs[3])) == len(tokens_of(jobs[4])) == 40
             generator.cancel(jobs[3])  # too late: nothing
             assert not generator.run_pass()
+
+    def test_requests_come_from_many_threads(self) -> None:
+        model = model_of("llama")
+        wanted = [alone(model, prompt, 6) for prompt in prompts(24, seed=6)]
+        got: dict[int, list[int]] = {}
+        with generating(model, max_rows=8) as generator:
+            ended = threading.Event()
+
+            def ask(first: int) -> None:
+                for place in range(first, 24, 4):
+                    job = generator.submit(prompts(24, seed=6)[place], Sampling(max_new_tokens=6))
+                    got[place] = job.result(60)[0].tokens
+                    generator.cancel(generator.submit("unwanted", Sampling(max_new_tokens=20)))
+
+            def work() -> None:
+                while generator.run_pass() or not ended.is_set():
+                    time.sleep(0)
+
+            worker = threading.Thread(target=work)
+            askers = [threading.Thread(target=ask, args=(first,)) for first in range(4)]
+            for thread in (worker, *askers):
+                thread.start()
+            for thread in askers:
+                thread.join()
+            ended.set()
+            worker.join()
+        assert [got[place] for place in range(24)] == wanted
+
+    def test_an_interrupted_pass_can_be_run_again(self) -> None:
+        model = model_of("opt-pre-norm")
+        requests = [[5] * 3, [6] * 30]
+        wanted = [alone(model, prompt, 6) for prompt in requests]
+        with generating(model, SMALL) as generator:
+            jobs = [generator.submit(prompt, Sampling(max_new_tokens=6)) for prompt in requests]
+            for at in (1, 4):
+                calls = 0
+
+                def interrupt(*_: Any, at: int = at) -> None:
+                    nonlocal calls
+                    calls += 1
+                    if calls == at:
+                        raise KeyboardInterrupt
+
+                handle = model.model.decoder.layers[1].fc1.register_forward_hook(interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    generator.run()
+                handle.remove()
+            generator.run()
+            assert [tokens_of(job) for job in jobs] == wanted
 
     def test_a_function_that_raises_ends_its_request_alone(self) -> None:
         def refuse(piece: Piece) -> None:
