@@ -40,4 +40,4 @@ def test_ranks_generate_what_one_process_does(device: str, nums: list[int]) -> N
         out = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, pad_token_id=1)
         wanted.append(out[0, len(prompt) :].tolist())
     for rank, tokens in enumerate(run_ranks(_generate, 2, device, nums)):
-    XX
+        assert tokens == wanted[: nums[rank]]
