@@ -85,7 +85,8 @@ def generating(
     """A generator on an engine of its own; what it leaves behind is checked."""
     engine, *_ = zero.initialize(model, config={"device": device})
     generator = Generator(engine, tokenizer or Letters(), Limits(**limits))
-    before_bytes = engine.device.memory().non_model_bytes
+    # What a model keeps beside its parameters is counted from the first pass on that looks at it.
+    before_bytes = engine.device.memory().non_model_bytes + sum(buffer.nbytes for buffer in model.buffers())
     yield generator
     generator.close()
     statistics = generator.statistics
