@@ -23,7 +23,9 @@ from zero.errors import UserError
 from zero.generation import Sampling
 from zero.generation.buckets import Need, most_positions
 from zero.generation.cache import rounded
-from zero.generation.choosing import choose
+from zero.generation.choosing import Chosen, choose
+from zero.generation.jobs import Job
+from zero.generation.rows import Row
 from zero.generation.text import StopFinder, TextStream
 
 VOCAB = 50
@@ -97,6 +99,18 @@ def test_greedy_takes_the_likeliest_and_draws_nothing() -> None:
     logits = torch.randn(8, VOCAB)
     rows = [Never(Sampling(top_k=3, top_p=0.2)) for _ in range(8)]
     assert [one.token for one in choose(logits, rows) if one] == logits.argmax(-1).tolist()
+
+
+def test_a_row_draws_one_number_per_token_from_its_own_generator() -> None:
+    """The same number until the token is taken, so that a pass can be run again; then the generator's next."""
+    job = Job((5, 6), Sampling(temperature=1.0), n=2)
+    row = Row(job, 1, 40, Bytes().decode, frozenset())
+    source = torch.Generator().manual_seed(41)
+    for _ in range(5):
+        expected = float(torch.rand((), dtype=torch.float64, generator=source))
+        assert [row.draw(), row.draw()] == [expected, expected]
+        row.take(Chosen(70))
+    assert row.tokens == [5, 6] + [70] * 5
 
 
 def test_penalties_may_change_the_likeliest() -> None:
