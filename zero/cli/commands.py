@@ -175,6 +175,19 @@ def generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     return generate_texts(config, arguments)
 
 
+def serve(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``zero serve MODEL``: until SIGTERM."""
+    overrides = parse_overrides(rest)
+    from zero.cli.serve import serve_model
+    from zero.serving.run import ServiceFailed
+
+    try:
+        serve_model(arguments, overrides)
+    except ServiceFailed as error:
+        raise RunFailed(str(error)) from error
+    return 0
+
+
 def _nothing_more(rest: list[str]) -> None:
     if rest:
         raise UserError(f"unknown argument {rest[0]}; see --help")

@@ -75,6 +75,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     _add_config_verbs(verbs)
     _add_run(verbs)
     _add_generate(verbs)
+    _add_serve(verbs)
     _add_export(verbs)
     _add_probe(verbs)
     env = verbs.add_parser("env", help="say what this machine and installation offer, for a bug report")
@@ -186,6 +187,30 @@ Continues a prompt, or each prompt of a file (--prompts). A model larger than th
         "--logprobs", type=int, metavar="K", help="log-probabilities of each token and of the K likeliest"
     )
     generate.set_defaults(run=commands.generate)
+
+
+def _add_serve(verbs: Verbs) -> None:
+    serve = verbs.add_parser(
+        "serve",
+        help="serve a model over HTTP: OpenAI's API and a page",
+        usage="zero serve MODEL [--host H] [--port N] [--section.key value ...]",
+        description="""\
+Serves a model, which may be larger than the device (--device.memory 2GiB), at /v1/completions, /v1/chat/completions,
+/generation and, for people, at /. Listens at once; /readyz says 200 when the model is loaded. SIGTERM lets running
+requests finish; a second one does not. See docs/serving.md.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        splitter=keys_aside,
+    )
+    serve.add_argument("model", metavar="MODEL", help="a config file, or a Hugging Face folder or name")
+    serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (8000)")
+    serve.add_argument(
+        "--api-key", metavar="KEY", help="that clients must give; better in ZERO_API_KEY; needed unless on loopback"
+    )
+    serve.add_argument("--max-queue", type=int, default=64, metavar="N", help="completions that may wait (64)")
+    serve.add_argument("--max-rows", type=int, metavar="N", help="completions that run at a time (32)")
+    serve.add_argument("--deadline-s", type=float, default=600.0, metavar="S", help="most seconds per request (600)")
+    serve.set_defaults(run=commands.serve)
 
 
 def _add_export(verbs: Verbs) -> None:
