@@ -66,6 +66,7 @@ class FakeGenerator:
         self.most_rows = 0
         self.num_encoded = 0
         self._lock = threading.Lock()
+        self._cancelled: list[Job] = []
         self._waiting: list[tuple[Job, int]] = []
         self._rows: list[tuple[Job, int]] = []
         self._counts = {"num_passes": 0, "num_new_tokens": 0, "num_prompt_tokens": 0}
@@ -88,13 +89,15 @@ class FakeGenerator:
         return job
 
     def cancel(self, job: Job) -> None:
-        job.is_cancelled = True
+        with self._lock:
+            self._cancelled.append(job)
 
     def run_pass(self) -> bool:
         with self._lock:
             for job, index in [*self._waiting, *self._rows]:
-                if job.is_cancelled:
+                if job in self._cancelled:
                     self._leave(job, index, Piece(index, "", finish_reason="cancelled"))
+            self._cancelled.clear()
             room = self.limits.max_rows - len(self._rows)
             self._rows += self._waiting[:room]
             del self._waiting[:room]

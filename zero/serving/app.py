@@ -22,7 +22,7 @@ from zero.serving.metrics import CONTENT_TYPE, metrics_text
 from zero.serving.page import page_response
 from zero.serving.problems import ApiError
 from zero.serving.replies import ChatShape, CompletionShape, GenerationShape
-from zero.serving.schemas import ChatRequest, CompletionRequest, GenerationRequest, OpenAIRequest
+from zero.serving.schemas import ChatRequest, CompletionRequest, GenerationRequest, Message, OpenAIRequest
 from zero.serving.service import Service, State, as_api_error
 
 _DEFAULT_COMPLETION_TOKENS = 16
@@ -83,7 +83,7 @@ class _Endpoints:
         service.require_ready()
         body = await read_body(request, ChatRequest, service)
         self._check_model(body)
-        prompt = await asyncio.to_thread(chat_prompt, service.loaded.tokenizer, body.messages)
+        prompt = await asyncio.to_thread(self._chat_prompt, body.messages)
         num_new = body.max_completion_tokens or body.max_tokens or self._room_for_chat(len(prompt))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         wanted = Wanted([prompt], _sampling(body, num_new, logprobs), body.n or 1, bool(body.stream))
@@ -140,7 +140,13 @@ class _Endpoints:
         for prompt in prompts:
             if not isinstance(prompt, str) and max(prompt) >= most:
                 raise ApiError(400, f"token numbers go from 0 to {most - 1}", param="prompt", code="invalid_value")
-        return [prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt)) for prompt in prompts]
+        with self._service.tokenizer_lock:
+            return [prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt)) for prompt in prompts]
+
+    def _chat_prompt(self, messages: list[Message]) -> list[int]:
+        tokenizer = self._service.loaded.tokenizer
+        with self._service.tokenizer_lock:
+            return chat_prompt(tokenizer, messages)
 
     def _room_for_chat(self, num_prompt_tokens: int) -> int:
         longest = self._service.limits.max_tokens

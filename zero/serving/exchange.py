@@ -108,10 +108,10 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await _unless_gone(receive, self._copy(send), self._deadline_s)
+        except TimeoutError:  # before OSError, which it is one of
+            await self._end_with(send, _too_late(self._service))
         except (_ClientGone, OSError):
             return
-        except TimeoutError:
-            await self._end_with(send, _too_late(self._service))
         except Exception as error:
             await self._end_with(send, as_api_error(error))
         finally:

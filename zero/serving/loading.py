@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from gemini.units import format_bytes
@@ -28,7 +29,14 @@ def load(config: Config, limits: Limits) -> Loaded:
     model.eval()
     engine, *_ = initialize(model, config=config)
     generator = Generator(engine, tokenizer, limits)
-    return Loaded(generator, tokenizer, lambda: memory_of(engine), engine.close, plan_line(engine, generator.limits))
+
+    def close() -> None:
+        generator.close()
+        engine.close()
+
+    # A copy for chat templates and echoes: a tokenizer is not to be used by two threads at a time.
+    own = copy.deepcopy(tokenizer)
+    return Loaded(generator, own, lambda: memory_of(engine), close, plan_line(engine, generator.limits))
 
 
 def memory_of(engine: Engine) -> Memory:

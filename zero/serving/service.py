@@ -6,6 +6,7 @@ import asyncio
 import enum
 import logging
 import math
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class Service:
         worker: the passes' thread.
         loaded_at: Unix time at which the model was there.
         num_open_choices: completions that wait or run.
+        tokenizer_lock: held by whoever uses the tokenizer of ``loaded``.
         on_change: called after the state changed.
     """
 
@@ -59,6 +61,7 @@ class Service:
         self.worker = Worker(load, self._worker_changed)
         self.loaded_at = 0
         self.num_open_choices = 0
+        self.tokenizer_lock = threading.Lock()
         self.on_change: Callable[[], None] = lambda: None
         self._calls: set[Call] = set()
         self._loop: asyncio.AbstractEventLoop | None = None

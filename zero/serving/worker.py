@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from zero.errors import UserError
 from zero.serving.call import Call
 
 if TYPE_CHECKING:
@@ -54,13 +55,18 @@ class Loaded:
 class PassFailed(RuntimeError):
     """A pass through the model failed; its requests have no answer, and the service goes on."""
 
-    def __init__(self, cause: BaseException) -> None:
+    def __init__(self, cause: BaseException | None) -> None:
         super().__init__(type(cause).__name__)
         self.is_out_of_memory = isinstance(cause, MemoryError) or "OutOfMemory" in type(cause).__name__
 
 
 class WorkerDied(RuntimeError):
     """The thread of the passes is gone; nothing can be answered any more."""
+
+
+def _is_device_lost(error: BaseException) -> bool:
+    """Whether the process can compute nothing more on its device: CUDA says so of every call after a failed kernel."""
+    return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
 
 
 class Worker:
@@ -182,7 +188,10 @@ class Worker:
         for call in self._known_calls():
             if all(job.done.is_set() for job in call.jobs):
                 error = next((job.error for job in call.jobs if job.error is not None), None)
-                self._end(call, None if error is None else PassFailed(error))
+                is_known = error is None or isinstance(error, UserError)
+                self._end(call, error if is_known else PassFailed(error))
+                if error is not None and _is_device_lost(error):
+                    raise error
 
     def _look_at_memory(self) -> None:
         now_s = time.monotonic()

@@ -48,7 +48,7 @@ const ASKING = {
 };
 
 const state = {
-  task: "answer", usesTemplate: false, isReady: false, drafts: {}, turns: [], running: null, answer: "", trend: [], seen: null,
+  task: "answer", usesTemplate: false, isReady: false, drafts: {}, turns: [], running: null, answer: "", trend: new Array(60).fill(0), seen: null,
   key: sessionStorage.getItem("key") || "",
 };
 
@@ -60,7 +60,7 @@ function showTask() {
   const chosen = template();
   byId("prompt").value = state.drafts[state.task] ?? chosen.prompt;
   byId("prompt-label").textContent = state.usesTemplate ? "Message" : "Prompt";
-  byId("prompt").rows = state.usesTemplate ? 4 : 11;
+  byId("prompt").rows = state.usesTemplate ? 4 : 9;
   byId("hint").textContent = state.usesTemplate ? "The model's own chat template is put around this." : chosen.hint;
   byId("length").value = chosen.length;
   byId("temperature").value = chosen.temperature;
@@ -281,8 +281,8 @@ function showTrend(rate) {
   state.trend = [...state.trend, rate].slice(-60);
   const most = Math.max(...state.trend, 1e-9);
   const points = state.trend.map((value, index) =>
-    (240 - 4 * (state.trend.length - 1 - index)).toFixed(1) + " " + (42 - 40 * value / most).toFixed(1));
-  byId("trend").firstElementChild.setAttribute("d", points.length > 1 ? "M" + points.join("L") : "");
+    (240 * index / 59).toFixed(1) + " " + (42 - 40 * value / most).toFixed(1));
+  byId("trend").firstElementChild.setAttribute("d", "M" + points.join("L"));
 }
 
 function showStatus(status) {
