@@ -255,10 +255,10 @@ def serving(
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
-    _until(lambda: server.started)
+    until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     if is_ready:
-        _until(lambda: service.state.value == "ready")
+        until(lambda: service.state.value == "ready")
     try:
         yield Running(service, generator, f"http://127.0.0.1:{port}", loops[0])
     finally:
@@ -267,7 +267,8 @@ def serving(
         service.worker.stop(10)
 
 
-def _until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    """Waits for a condition."""
     end_s = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end_s, "it did not come to that in time"

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from cli_case import write_config
-from serving_case import KEY, Reply, Running, fetch, serving
+from serving_case import KEY, Reply, Running, fetch, serving, until
 
 from zero.cli.main import main
 from zero.cli.serve import model_of, served_name
@@ -181,12 +181,24 @@ def test_the_program_from_its_start_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
-    with process(write_config(tmp_path, **ROOMY)) as running:
-        running.process.send_signal(signal.SIGTERM)  # while it loads
-        time.sleep(0.3)
-        with contextlib.suppress(ProcessLookupError):
+    with process(write_config(tmp_path, **ROOMY), "--max-rows", "1") as running:
+        running.until_ready()
+        with ThreadPoolExecutor(1) as pool:
+            body = {"prompt": ["The"] * 16, "max_tokens": 30}
+            waiting = pool.submit(partial(running.ask, "/v1/completions", body))
+            until(lambda: running.ask("/status").json["queue"]["num_rows"] > 0)
             running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(15) in (0, 128 + signal.SIGTERM)
+            until(lambda: running.ask("/readyz").status == 503)
+            running.process.send_signal(signal.SIGTERM)
+            assert running.process.wait(15) == 128 + signal.SIGTERM
+            assert waiting.exception(15) is not None
+        assert "SIGTERM again: ended at once" in running.process.stderr.read()
+
+
+def test_stopped_while_it_loads(tmp_path: Path) -> None:
+    with process(write_config(tmp_path, **ROOMY)) as running:
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(15) == 0
 
 
 class TestRefusedBeforeItListens:

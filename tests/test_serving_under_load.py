@@ -9,14 +9,13 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
 import torch
-from serving_case import KEY, FakeGenerator, FakeTokenizer, Running, says, serving
+from serving_case import KEY, FakeGenerator, FakeTokenizer, Running, says, serving, until
 
 from zero.generation import Limits, Sampling
 from zero.serving import Loaded
@@ -33,13 +32,6 @@ def begun(running: Running, **body: Any) -> http.client.HTTPConnection:
     data = json.dumps({"prompt": "hello", "max_tokens": 200, **body})
     connection.request("POST", "/v1/completions", data, {"Content-Type": "application/json"})
     return connection
-
-
-def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
-    end_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end_s, "it did not come to that in time"
-        time.sleep(0.005)
 
 
 class TestOverload:

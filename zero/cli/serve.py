@@ -7,11 +7,14 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zero.config.loading import load_config
 from zero.config.schema import Config
 from zero.errors import UserError
+
+if TYPE_CHECKING:
+    from zero.serving.worker import Loaded
 
 _TABLES = frozenset({"device", "memory", "model", "precision"})
 _CONFIG_SUFFIXES = (".toml", ".yaml", ".yml", ".json", ".py")
@@ -44,12 +47,19 @@ def serve_model(arguments: argparse.Namespace, overrides: dict[str, Any]) -> Non
         deadline_s=arguments.deadline_s,
     )
     config = model_of(arguments.model, overrides)
-    from zero.generation import Limits
-    from zero.serving.loading import load
+    if arguments.max_rows is not None and arguments.max_rows < 1:
+        raise UserError(f"--max-rows {arguments.max_rows}: must be at least 1")
     from zero.serving.run import serve
 
-    limits = Limits() if arguments.max_rows is None else Limits(max_rows=_at_least_one(arguments.max_rows))
-    serve(partial(load, config, limits), settings, _say)
+    serve(partial(_load, config, arguments.max_rows), settings, _say)
+
+
+def _load(config: Config, max_rows: int | None) -> Loaded:
+    """In the passes' thread; torch is imported there, when the service listens already."""
+    from zero.generation import Limits
+    from zero.serving.loading import load
+
+    return load(config, Limits() if max_rows is None else Limits(max_rows=max_rows))
 
 
 def model_of(model: str, overrides: dict[str, Any]) -> Config:
@@ -73,12 +83,6 @@ def served_name(model: str) -> str:
     whole = path.resolve()
     # A run's model lies in RUN/model: the run's name says more.
     return whole.parent.name or whole.name if whole.name == "model" else whole.name
-
-
-def _at_least_one(max_rows: int) -> int:
-    if max_rows < 1:
-        raise UserError(f"--max-rows {max_rows}: must be at least 1")
-    return max_rows
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from zero.errors import UserError
-from zero.generation import Sampling
 from zero.serving.call import Wanted
 from zero.serving.chat import chat_prompt
 from zero.serving.exchange import answer, read_body
@@ -24,6 +23,9 @@ from zero.serving.problems import ApiError
 from zero.serving.replies import ChatShape, CompletionShape, GenerationShape
 from zero.serving.schemas import ChatRequest, CompletionRequest, GenerationRequest, Message, OpenAIRequest
 from zero.serving.service import Service, State, as_api_error
+
+if TYPE_CHECKING:
+    from zero.generation import Sampling  # brings torch: the service listens before that is there
 
 _DEFAULT_COMPLETION_TOKENS = 16
 _DEFAULT_CHAT_TOKENS = 256
@@ -93,12 +95,7 @@ class _Endpoints:
         """Continues a prompt, as EnergonAI's service did."""
         self._service.require_ready()
         body = await read_body(request, GenerationRequest, self._service)
-        sampling = Sampling(
-            max_new_tokens=body.max_tokens,
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_k=body.top_k or 0,
-            top_p=1.0 if body.top_p is None else body.top_p,
-        )
+        sampling = _sampling(OpenAIRequest(**body.model_dump(exclude={"prompt", "max_tokens"})), body.max_tokens, None)
         return await answer(request, self._service, Wanted([body.prompt], sampling), GenerationShape(body.prompt))
 
     async def models(self, request: Request) -> Response:
@@ -157,6 +154,8 @@ class _Endpoints:
 
 def _sampling(body: OpenAIRequest, num_new_tokens: int, logprobs: int | None) -> Sampling:
     """OpenAI's defaults; where nothing is drawn, what narrows a draw has no meaning and is let be."""
+    from zero.generation import Sampling
+
     temperature = 1.0 if body.temperature is None else body.temperature
     return Sampling(
         max_new_tokens=num_new_tokens,

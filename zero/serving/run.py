@@ -46,6 +46,8 @@ def serve(load: Callable[[], Loaded], settings: ServingSettings, say: Callable[[
     service = Service(load, settings)
     asyncio.run(_serve(service, listener, say))
     failure = service.worker.failure
+    if failure is None and service.worker.is_alive:
+        _leave(0)  # it loads, or a pass takes longer than anybody waits: neither can be interrupted
     if failure is not None and service.worker.loaded is None:
         raise failure  # a user's error, most often: the command line says it
     if failure is not None:
@@ -68,6 +70,13 @@ def listen(host: str, port: int) -> socket.socket:
         hint = "give another --port, or 0 for a free one" if error.errno == errno.EADDRINUSE else "give another --host"
         raise UserError(f"--host {host} --port {port}: {error.strerror or error}; {hint}") from error
     return listener
+
+
+def _leave(exit_code: int) -> None:
+    """Ends the process without waiting for its threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 async def _serve(service: Service, listener: socket.socket, say: Callable[[str], None]) -> None:
@@ -97,11 +106,15 @@ async def _serve(service: Service, listener: socket.socket, say: Callable[[str],
         elif service.state is State.FAILED:
             server.stop()
 
+    def started() -> None:
+        service.start()
+        logger.info("%s listens and loads %s; %s/readyz says when it is there", address, name, address)
+
     service.on_change = changed
-    service.start()
-    logger.info("%s listens and loads %s; %s/readyz says when it is there", address, name, address)
+    server.on_start = started
     await server.serve(sockets=[listener])
-    await asyncio.to_thread(service.worker.stop, _PASS_S)
+    if service.worker.loaded is not None:
+        await asyncio.to_thread(service.worker.stop, _PASS_S)
 
 
 class _Server(uvicorn.Server):
@@ -112,6 +125,12 @@ class _Server(uvicorn.Server):
         self._service = service
         self._loop = asyncio.get_running_loop()
         self._stopping: asyncio.Task[None] | None = None
+        self.on_start: Callable[[], None] = lambda: None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens; signals are ours by then."""
+        await super().startup(sockets)
+        self.on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGTERM and SIGINT; called between two instructions of the main thread."""
@@ -119,8 +138,7 @@ class _Server(uvicorn.Server):
         if self._stopping is not None:
             # Asked twice: now. The passes' thread may be in the middle of one that takes seconds.
             sys.stderr.write(f"zero: {signal.Signals(sig).name} again: ended at once\n")
-            sys.stderr.flush()
-            os._exit(128 + sig)
+            _leave(128 + sig)
         self._loop.call_soon_threadsafe(self.stop)
 
     def stop(self) -> None:
