@@ -289,7 +289,7 @@ class TestWords:
         ("words", "fragments"),
         [
             (["trian"], ["trian: no such command", "did you mean train?"]),
-            (["qqqq"], ["qqqq: no such command", "train, plan, validate, run, generate, export, probe, env"]),
+            (["qqqq"], ["qqqq: no such command", "train, plan, validate, run, generate, serve, export, probe, env"]),
             ([], ["usage: zero", "first steps"]),
             (["env", "--everything"], ["--everything"]),
             (["export", "somewhere"], ["DIR"]),

@@ -112,10 +112,9 @@ class TestInThisProcess:
 
 
 class Process:
-    """`zero serve` as a program."""
+    """A service as a program of its own."""
 
-    def __init__(self, *words: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "zero", "serve", *words, "--port", "0"]
+    def __init__(self, command: list[str], **environment: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT)
@@ -145,20 +144,22 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(*words: str, **environment: str) -> Iterator[Process]:
+def ended(running: Process) -> Iterator[Process]:
     """A service that is ended whatever happens."""
-    running = Process(*words, **environment)
     try:
         yield running
     finally:
         running.process.kill()
-        running.process.communicate(timeout=20)
+        running.process.wait(20)
+        for stream in (running.process.stdout, running.process.stderr):
+            stream.close()
 
 
 def test_the_program_from_its_start_to_its_end(tmp_path: Path) -> None:
     """It listens at once, loads, answers with its key, drains on SIGTERM, and leaves with 0."""
     config = write_config(tmp_path, **ROOMY)
-    with process(config, "--max-rows", "2", "--memory.host", "1GiB", ZERO_API_KEY=KEY) as running:
+    words = ["serve", config, "--port", "0", "--max-rows", "2", "--memory.host", "1GiB"]
+    with ended(Process([sys.executable, "-m", "zero", *words], ZERO_API_KEY=KEY)) as running:
         assert running.ask("/healthz").status == 200
         assert set(running.until_ready()[:-1]) <= {503}
         said = Process.line(running.process.stdout, "http://")
@@ -180,25 +181,65 @@ def test_the_program_from_its_start_to_its_end(tmp_path: Path) -> None:
         assert "Traceback" not in running.process.stderr.read()
 
 
-def test_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
-    with process(write_config(tmp_path, **ROOMY), "--max-rows", "1") as running:
-        running.until_ready()
-        with ThreadPoolExecutor(1) as pool:
-            body = {"prompt": ["The"] * 16, "max_tokens": 30}
-            waiting = pool.submit(partial(running.ask, "/v1/completions", body))
+PROGRAM = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from zero.serving.run import serve
+from zero.serving.settings import ServingSettings
+from zero.report.logs import configure_logging
+
+def loads_slowly():
+    time.sleep(60)
+
+def answers_slowly():
+    from serving_case import FakeGenerator, FakeTokenizer
+    from zero.serving import Loaded
+    return Loaded(FakeGenerator(pass_s=0.5), FakeTokenizer())
+
+def fails():
+    from serving_case import FakeGenerator, FakeTokenizer
+    from zero.serving import Loaded
+    generator = FakeGenerator()
+    generator.keeps_failing = RuntimeError("every pass fails")
+    return Loaded(generator, FakeTokenizer())
+
+configure_logging(rank=0)
+serve({load}, ServingSettings("fake", port=0), print)
+"""
+
+
+class TestSignals:
+    """On models that are not there: only signals and exit codes matter."""
+
+    def program(self, load: str) -> Process:
+        return Process([sys.executable, "-c", PROGRAM.format(tests=str(ROOT / "tests"), load=load)])
+
+    def test_while_it_loads(self) -> None:
+        with ended(self.program("loads_slowly")) as running:
+            assert running.ask("/readyz").status == 503
+            running.process.send_signal(signal.SIGTERM)
+            assert running.process.wait(15) == 0
+
+    def test_a_second_one_ends_it_at_once(self) -> None:
+        with ended(self.program("answers_slowly")) as running, ThreadPoolExecutor(1) as pool:
+            running.until_ready()
+            waiting = pool.submit(running.ask, "/v1/completions", {"prompt": "The", "max_tokens": 100})
             until(lambda: running.ask("/status").json["queue"]["num_rows"] > 0)
             running.process.send_signal(signal.SIGTERM)
             until(lambda: running.ask("/readyz").status == 503)
+            assert running.process.poll() is None
             running.process.send_signal(signal.SIGTERM)
             assert running.process.wait(15) == 128 + signal.SIGTERM
             assert waiting.exception(15) is not None
-        assert "SIGTERM again: ended at once" in running.process.stderr.read()
+            assert "SIGTERM again: ended at once" in running.process.stderr.read()
 
-
-def test_stopped_while_it_loads(tmp_path: Path) -> None:
-    with process(write_config(tmp_path, **ROOMY)) as running:
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(15) == 0
+    def test_a_service_that_cannot_go_on_ends_with_an_error(self) -> None:
+        with ended(self.program("fails")) as running:
+            running.until_ready()
+            statuses = {running.ask("/v1/completions", {"prompt": "The"}).status for _ in range(3)}
+            assert statuses <= {500, 503}
+            assert running.process.wait(15) == 1
+            assert "ServiceFailed: passes through the model failed" in running.process.stderr.read()
 
 
 class TestRefusedBeforeItListens:
