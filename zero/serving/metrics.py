@@ -140,7 +140,7 @@ def _family(name: str, kind: str, text: str, samples: Iterable[tuple[Labels, flo
     lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
     for labels, value in samples:
         inside = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
-        lines.append(f"{name}{{{inside}}} {value:g}" if inside else f"{name} {_number(value)}")
+        lines.append(f"{name}{{{inside}}} {_number(value)}" if inside else f"{name} {_number(value)}")
     return lines
 
 

@@ -196,6 +196,8 @@ function sayCounts(counts, ending) {
   if (counts.first) pieces.push("first after " + ((counts.first - counts.start) / 1000).toFixed(1) + " s");
   if (ending) pieces.push(ending);
   byId("speed").textContent = pieces.join(", ");
+  // Read aloud once, at the end: not with every token.
+  if (ending) byId("said").textContent = "Answer: " + pieces.join(", ");
 }
 
 const ENDINGS = { stop: "ended by itself", length: "the length was reached" };
