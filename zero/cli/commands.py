@@ -6,8 +6,9 @@ import argparse
 import os
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zero.cli.processes import launch, start_ranks
 from zero.config.describe import config_help, to_toml
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 
 _GENERATE_TABLES = {"device", "memory", "model", "precision"}
+_EVAL_TABLES = _GENERATE_TABLES
+_CONFIG_SUFFIXES = (".toml", ".yaml", ".yml", ".json", ".py")
 
 
 class RunFailed(RuntimeError):
@@ -163,12 +166,7 @@ def run_script(arguments: argparse.Namespace, rest: list[str]) -> int:
 def generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     """``zero generate MODEL --prompt TEXT``; ``--device.memory 2GiB`` caps the device."""
     overrides = parse_overrides(rest)
-    unread = sorted(set(overrides) - _GENERATE_TABLES)
-    if unread:
-        raise UserError(
-            f"--{unread[0]}.*: zero generate does not read it; it reads "
-            + ", ".join(f"--{table}.*" for table in sorted(_GENERATE_TABLES))
-        )
+    _require_tables("zero generate", overrides, _GENERATE_TABLES)
     from zero.cli.generate import generate_texts
 
     config = load_config({"model": {"name_or_path": arguments.model}}, overrides, require=("model",))
@@ -186,6 +184,28 @@ def serve(arguments: argparse.Namespace, rest: list[str]) -> int:
     except ServiceFailed as error:
         raise RunFailed(str(error)) from error
     return 0
+
+
+def evaluate(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """``zero eval CONFIG|MODEL``: perplexity, tasks, conversations."""
+    overrides = parse_overrides(rest)
+    path = Path(arguments.model)
+    if path.suffix in _CONFIG_SUFFIXES and not path.is_dir():
+        config = load_config(arguments.model, overrides, require=("model",))
+    else:
+        _require_tables("zero eval MODEL", overrides, _EVAL_TABLES)
+        config = load_config({"model": {"name_or_path": arguments.model}}, overrides, require=("model",))
+    from zero.cli.evaluate import evaluate_model
+
+    sys.stdout.write(evaluate_model(config, arguments) + "\n")
+    return 0
+
+
+def _require_tables(command: str, overrides: Mapping[str, Any], tables: set[str]) -> None:
+    unread = sorted(set(overrides) - tables)
+    if unread:
+        read = ", ".join(f"--{table}.*" for table in sorted(tables))
+        raise UserError(f"--{unread[0]}.*: {command} does not read it; it reads {read}")
 
 
 def _nothing_more(rest: list[str]) -> None:

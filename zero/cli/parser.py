@@ -76,6 +76,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     _add_config_verbs(verbs)
     _add_run(verbs)
     _add_generate(verbs)
+    _add_eval(verbs)
     _add_serve(verbs)
     _add_export(verbs)
     _add_probe(verbs)
@@ -212,6 +213,34 @@ requests finish; a second one does not. See docs/serving.md.""",
     serve.add_argument("--max-rows", type=int, metavar="N", help="completions that run at a time (32)")
     serve.add_argument("--deadline-s", type=float, default=600.0, metavar="S", help="most seconds per request (600)")
     serve.set_defaults(run=commands.serve)
+
+
+def _add_eval(verbs: Verbs) -> None:
+    verb = verbs.add_parser(
+        "eval",
+        help="perplexity of text, lm-eval's tasks, answers in conversations",
+        usage="zero eval CONFIG|MODEL [--text FILE ...] [--tasks NAMES] [--dialogue FILE] [--section.key value ...]",
+        description="""\
+Evaluates a model, which may be larger than the device (--device.memory 2GiB). MODEL is a Hugging Face folder or name; a
+CONFIG stands for its [model], or for what its run has made where that starts at random, and its data.eval is the text
+where nothing else is asked for. Numbers published for OPT models are shown beside those of a model of such a size.""",
+        splitter=keys_aside,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("model", metavar="CONFIG|MODEL", help="a config file, or a Hugging Face folder or name")
+    verb.add_argument("--text", nargs="+", metavar="FILE", help="files with plain text, each scored by itself")
+    verb.add_argument("--window", type=int, metavar="N", help="most tokens read at once (all that the model reads)")
+    verb.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next (the window)")
+    verb.add_argument("--words", action="store_true", help="perplexity per word as well, as WikiText counts them")
+    verb.add_argument("--tasks", nargs="+", metavar="NAME", help="of lm-eval or the OPT paper; opt-paper: all its 16")
+    verb.add_argument("--shots", type=int, metavar="K", help="examples in each prompt (what each task has)")
+    verb.add_argument("--limit", type=int, metavar="N", help="most documents of each task (all)")
+    verb.add_argument("--task-path", metavar="DIR", help="folder with lm-eval tasks of your own")
+    verb.add_argument("--dialogue", metavar="FILE", help='conversations: lines of {"turns": ["Hi!", "Hello!"]}')
+    verb.add_argument("--dialogue-tokenizer", metavar="NAME", help="normalise to its tokens (the paper: gpt2)")
+    verb.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (8, or what fits)")
+    verb.add_argument("--out", metavar="FILE", help="write the results as JSON")
+    verb.set_defaults(run=commands.evaluate)
 
 
 def _add_export(verbs: Verbs) -> None:

@@ -1,0 +1,229 @@
+"""``zero eval``: perplexity of text, lm-eval's tasks and answers in conversations, beside what was published."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from zero.config.loading import load_config
+from zero.config.schema import Config
+from zero.data.records import TextRecord
+from zero.data.sources import ReadOptions, load_records
+from zero.engine import Engine
+from zero.errors import UserError
+from zero.evaluation import references
+from zero.evaluation.dialogue import DialogueResult, evaluate_dialogues, read_dialogues
+from zero.evaluation.perplexity import PerplexityResult, Text, check_window, text_perplexity
+from zero.evaluation.scoring import Scorer
+from zero.evaluation.tasks import TasksResult, TaskWish, check_tasks, run_tasks, task_names
+from zero.initializer import initialize
+from zero.models.build import build_model, build_tokenizer, max_positions, model_config
+from zero.report.metrics import jsonable
+from zero.report.tables import text_columns
+from zero.run_folder import MODEL_FOLDER
+
+Row = tuple[str, str, str]
+
+
+def evaluate_model(config: Config, arguments: argparse.Namespace) -> str:
+    """Evaluates what was asked for; returns the tables, and writes ``--out``.
+
+    Raises:
+        UserError: something given cannot be; all of it is looked at before the model is loaded.
+    """
+    return _Evaluation(config, arguments).run()
+
+
+def model_of(config: Config) -> Config:
+    """The config with the model that is to be evaluated: where weights would start at random, what the run has made.
+
+    Raises:
+        UserError: there is no such model yet.
+    """
+    config.require_model()
+    if config.model.config is None:
+        return config
+    folder = config.run_folder / MODEL_FOLDER
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model.config has random weights, and {folder}, where `zero train` would put the trained ones, is not there: "
+            "train first, or name a model folder"
+        )
+    tables = config.model_dump(exclude_unset=True)
+    tables["model"] = {"name_or_path": str(folder)}
+    return load_config(tables)
+
+
+class _Evaluation:
+    """What was asked for, checked; ``run()`` does it."""
+
+    def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
+        self._config = model_of(config)
+        self._arguments = arguments
+        self._out = None if arguments.out is None else _writable(Path(arguments.out))
+        if arguments.batch_size < 1:
+            raise UserError(f"--batch-size {arguments.batch_size}: must be at least 1")
+        self._wish = _task_wish(arguments)
+        self._exchanges = [] if arguments.dialogue is None else read_dialogues(Path(arguments.dialogue))
+        self._texts = self._read_texts()
+        if not (self._texts or self._wish or self._exchanges):
+            raise UserError(
+                "nothing to evaluate: give --text FILE, --tasks NAMES, --dialogue FILE, or data.eval in the config"
+            )
+        self._tokenizer = build_tokenizer(self._config)
+        transformers_config = model_config(self._config)
+        self._num_positions = max_positions(transformers_config)
+        self._window, self._stride = check_window(arguments.window, arguments.stride, self._num_positions)
+        self._counting = self._counting_tokenizer()
+        self._size = references.recognise(transformers_config)
+
+    def _read_texts(self) -> list[Text]:
+        """The given files, else the config's held-out data where nothing else was asked for."""
+        given = self._arguments.text
+        data = self._config.data
+        if given is None and (data.eval is None or self._wish or self._exchanges):
+            return []
+        options = ReadOptions(format="text", text_column=data.text_column)
+        if given is None:
+            options = ReadOptions(data.dataset_config, data.eval_split or "validation", data.format, data.text_column)
+        records = load_records(given or data.eval, options, on_error=data.on_error).records
+        texts = [Text(record.where, record.text) for record in records if isinstance(record, TextRecord)]
+        if len(texts) < len(records):
+            raise UserError("data.eval holds prompts or conversations; perplexity is of plain text: give --text FILE")
+        return texts
+
+    def _counting_tokenizer(self) -> Any:
+        name = self._arguments.dialogue_tokenizer
+        if name is None:
+            return None
+        return build_tokenizer(load_config({"model": {"name_or_path": name}}))
+
+    def run(self) -> str:
+        """Loads the model and does it all."""
+        model: Any = build_model(self._config, self._tokenizer)
+        model.requires_grad_(False)
+        model.eval()
+        engine, *_ = initialize(model, config=self._config)
+        found: dict[str, Any] = {"model": self._config.model.name_or_path, "size": self._size}
+        rows: list[Row] = []
+        try:
+            scorer = Scorer(engine, self._arguments.batch_size, int(self._tokenizer.pad_token_id))
+            if self._texts:
+                rows += self._perplexity(scorer, found)
+            if self._exchanges:
+                rows += self._dialogue(engine, scorer, found)
+            if self._wish is not None:
+                rows += self._tasks(engine, scorer, self._wish, found)
+        finally:
+            engine.close(keep_values=False)
+        if self._out is not None:
+            _write(self._out, found)
+        return text_columns([("what", "here", "published"), *rows])
+
+    def _perplexity(self, scorer: Scorer, found: dict[str, Any]) -> list[Row]:
+        result = text_perplexity(scorer, self._tokenizer, self._texts, self._window, self._stride)
+        reference = references.of_wikitext2(self._size)
+        found["perplexity"] = _perplexity_json(result) | {"reference": reference and asdict(reference)}
+        return _perplexity_rows(result, self._arguments.words, reference)
+
+    def _dialogue(self, engine: Engine, scorer: Scorer, found: dict[str, Any]) -> list[Row]:
+        result = evaluate_dialogues(
+            engine, scorer, self._tokenizer, self._exchanges, self._num_positions, self._counting
+        )
+        published = references.of_dialogue(self._size)
+        found["dialogue"] = asdict(result) | {
+            "perplexity": result.perplexity,
+            "normalised_perplexity": result.normalised_perplexity,
+            "references": [asdict(reference) for reference in published],
+        }
+        return _dialogue_rows(result, published)
+
+    def _tasks(self, engine: Engine, scorer: Scorer, wish: TaskWish, found: dict[str, Any]) -> list[Row]:
+        result = run_tasks(engine, scorer, self._tokenizer, self._num_positions, wish)
+        found["tasks"] = asdict(result)
+        rows = []
+        for score in result.scores:
+            reference = references.of_task(self._size, score.task, score.metric, wish.num_shots or 0)
+            is_share = score.metric not in ("perplexity", "word_perplexity", "bits_per_byte")
+            value = f"{100 * score.value:.1f} %" if is_share else f"{score.value:.3f}"
+            error = "" if score.error is None else f" +- {100 * score.error if is_share else score.error:.1f}"
+            rows.append((f"{score.task}, {score.metric}", value + error, _published(reference)))
+        return [*rows, *_average_rows(result)]
+
+
+def _average_rows(result: TasksResult) -> list[Row]:
+    if result.average is None:
+        return []
+    return [("14-task average", f"{100 * result.average:.1f} %", "")]
+
+
+def _task_wish(arguments: argparse.Namespace) -> TaskWish | None:
+    if arguments.tasks is None:
+        return None
+    for option, value, least in (("--shots", arguments.shots, 0), ("--limit", arguments.limit, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{option} {value}: must be at least {least}")
+    folder = None if arguments.task_path is None else Path(arguments.task_path)
+    wish = TaskWish(task_names(arguments.tasks), arguments.shots, arguments.limit, folder)
+    if not wish.tasks:
+        raise UserError("--tasks: no task named")
+    check_tasks(wish)
+    return wish
+
+
+def _perplexity_json(result: PerplexityResult) -> dict[str, Any]:
+    return asdict(result) | {
+        "nats_per_token": result.nats_per_token,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "word_perplexity": result.word_perplexity,
+    }
+
+
+def _perplexity_rows(result: PerplexityResult, words: bool, reference: references.Reference | None) -> list[Row]:
+    texts = "1 text" if result.num_texts == 1 else f"{result.num_texts} texts"
+    context = f"{texts}, window {result.window}, stride {result.stride}"
+    unscored = f" ({result.num_unscored} first tokens not scored)" if result.num_unscored else ""
+    rows = [
+        ("tokens", f"{result.num_tokens:,}{unscored}; {context}", ""),
+        ("nats per token", f"{result.nats_per_token:.4f}", ""),
+        ("perplexity", f"{result.perplexity:.3f}", _published(reference, named=True)),
+        ("bits per byte", f"{result.bits_per_byte:.4f}", ""),
+    ]
+    if words:
+        counted = f"{result.num_words:,} words and {result.num_lines:,} line ends"
+        rows.append(("perplexity per word", f"{result.word_perplexity:.2f} ({counted})", ""))
+    return rows
+
+
+def _dialogue_rows(result: DialogueResult, published: list[references.Reference]) -> list[Row]:
+    rows = [
+        ("answers", f"{result.num_answers:,}, {result.num_tokens:,} tokens", ""),
+        ("dialogue perplexity", f"{result.perplexity:.3f}", ""),
+    ]
+    if result.normalised_perplexity is not None:
+        rows.append(("the same, normalised", f"{result.normalised_perplexity:.3f}", ""))
+    rows.append(("unigram F1", f"{result.unigram_f1:.3f}", ""))
+    return [*rows, *((reference.what, "", reference.text) for reference in published)]
+
+
+def _published(reference: references.Reference | None, named: bool = False) -> str:
+    if reference is None:
+        return ""
+    return f"{reference.what}: {reference.text}" if named else reference.text
+
+
+def _writable(path: Path) -> Path:
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise UserError(f"--out {path}: a file in a folder that is there is needed")
+    return path
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(jsonable(found), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from error
