@@ -15,10 +15,13 @@ from zero.report.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 
 CONFIG_FILE, SUMMARY_FILE, MAP_FILE = "config.toml", "summary.json", "memory_map.png"
 CHECKPOINTS_FOLDER, MODEL_FOLDER = "checkpoints", "model"
+ENERGY_FILE = "energy.jsonl"
+"""What each process that worked on the run has used: the last line of each counts, a killed one's too."""
 
 _CONTENTS = (
     *(METRICS_FILE, SUMMARY_FILE, MAP_FILE, CHECKPOINTS_FOLDER, MODEL_FOLDER, TENSORBOARD_FOLDER),
     CONFIG_FILE,
+    ENERGY_FILE,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gemini.units import format_bytes
 
@@ -28,6 +29,7 @@ class RunResult:
     pinned_bytes: int = 0
     model_data_bytes: int = 0
     wall_s: float = 0.0
+    cost: dict[str, Any] | None = None
 
     def rows(self, folder: Path, map_file: Path) -> list[tuple[str, str]]:
         """For a person, as names and values.

@@ -32,12 +32,15 @@ from zero.planning import PlannedRun, plan_run
 from zero.progress import Progress, TrainingStopped
 from zero.ranks import Ranks, join_ranks
 from zero.recovery import RunCheckpoints
+from zero.report.codecarbon import check_codecarbon
 from zero.report.console import Reporter, make_reporter
 from zero.report.memory_map import draw_memory_map
 from zero.report.metrics import MetricsWriter
 from zero.report.record import StepRecord
 from zero.report.recorder import StepRecorder
+from zero.report.tables import values_text
 from zero.report.trackers import check_trackers
+from zero.run_cost import RunCost
 from zero.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -85,7 +88,9 @@ class Trainer:
         self.output_dir = Path(config.run_folder)
         check_run_folder(self.output_dir)
         check_own_files(self.output_dir, config.source, config.model.name_or_path)
+        check_codecarbon(config.cost.energy)
         self._device = make_device(config)
+        self._cost = RunCost(config.cost, self._ranks, self._device.torch_device)
         self.tokenizer = build_tokenizer(config)
         transformers_config = model_config(config, self.tokenizer)
         vocab_size = getattr(transformers_config.get_text_config(), "vocab_size", None)
@@ -147,7 +152,7 @@ class Trainer:
         torch.manual_seed(config.train.seed + self._ranks.rank)  # each rank drops out other elements
         resumed_from = self._checkpoints.resume(engine, scheduler)
         folder = held_run_folder(self.output_dir) if self._ranks.is_first else contextlib.nullcontext()
-        with folder, self._begun(), self._stop.listening(), self._finishing_saves(engine):
+        with folder, self._cost, self._begun(), self._stop.listening(), self._finishing_saves(engine):
             self._run_in_folder(engine, scheduler, num_steps, resumed_from, started_s)
         engine.close(keep_values=False)
         return self._result
@@ -210,11 +215,13 @@ class Trainer:
     def _open_folder(self, resumed_from: Path | None) -> None:
         """The first thing that is written; everything that can be refused has been by now."""
         if resumed_from is not None and resumed_from.resolve().is_relative_to(self.output_dir.resolve()):
+            self._cost.open(self.output_dir)
             forget_metrics_after(self.output_dir, self._progress.step)
         else:
             aside = set_aside_earlier_run(self.output_dir)
             if aside is not None:
                 logger.info("%s held an earlier run, which is now in %s", self.output_dir, aside)
+            self._cost.open(self.output_dir)
         (self.output_dir / CONFIG_FILE).write_text(to_toml(self.config), encoding="utf-8")
 
     def _num_steps(self) -> int:
@@ -282,6 +289,7 @@ class Trainer:
             if self._health.is_hopeless:
                 left_at = progress.step
                 reporter.message(self._checkpoints.go_back(engine, scheduler))
+                self._cost.ledger.go_back(progress.step)
                 metrics.log({"rollback_from": left_at, "lr_factor": progress.lr_factor}, step=progress.step)
                 windows = self._windows()
                 continue
@@ -337,6 +345,7 @@ class Trainer:
         progress.step += 1
         progress.seen_tokens += done.num_tokens
         progress.training_s += step_s
+        self._cost.note(progress.step, step_s, engine.skipped_last_step)
         progress.losses.append(done.loss)
         progress.stopped_by = done.stop_signal
         if done.problem is not None:
@@ -414,11 +423,14 @@ class Trainer:
             logger.warning("no memory map: %s", error)
 
     def _finish(self, engine: Engine, reporter: Reporter, started_s: float) -> None:
+        cost = self._cost.finish()
         if self._progress.stopped_by is not None:
             reporter.message(
                 f"stopped by {self._progress.stopped_by} at step {self._progress.step}, saved in "
                 f"{self.output_dir / CHECKPOINTS_FOLDER}; go on with train.resume_from_checkpoint = true"
             )
+            if cost is not None:
+                reporter.message(values_text(cost.rows()))
             return
         folder = self.output_dir / MODEL_FOLDER
         engine.save_pretrained(folder)
@@ -437,7 +449,9 @@ class Trainer:
         result.host_bytes = report.host_bytes
         result.pinned_bytes = report.pinned_bytes
         result.wall_s = time.perf_counter() - started_s
+        result.cost = None if cost is None else cost.as_json()
         summary = self.output_dir / SUMMARY_FILE
         if progress.losses or not summary.exists():  # a resume that found nothing to do has measured nothing
             summary.write_text(json.dumps(vars(result), indent=2) + "\n", encoding="utf-8")
-        reporter.summary(result.rows(folder, self.output_dir / MAP_FILE))
+        rows = result.rows(folder, self.output_dir / MAP_FILE)
+        reporter.summary(rows if cost is None else [*rows, *cost.rows()])

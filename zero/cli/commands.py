@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _GENERATE_TABLES = {"device", "memory", "model", "precision"}
-_EVAL_TABLES = _GENERATE_TABLES
+_EVAL_TABLES = {*_GENERATE_TABLES, "cost"}
 _CONFIG_SUFFIXES = (".toml", ".yaml", ".yml", ".json", ".py")
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gemini.device import Device
 from zero.config.loading import load_config
 from zero.config.schema import Config
 from zero.data.records import TextRecord
@@ -21,9 +22,12 @@ from zero.evaluation.scoring import Scorer
 from zero.evaluation.tasks import TasksResult, TaskWish, check_tasks, run_tasks, task_names
 from zero.initializer import initialize
 from zero.models.build import build_model, build_tokenizer, max_positions, model_config
+from zero.report.codecarbon import check_codecarbon
+from zero.report.energy import EnergyMeter, cost_of
 from zero.report.metrics import jsonable
-from zero.report.tables import text_columns
+from zero.report.tables import text_columns, values_text
 from zero.run_folder import MODEL_FOLDER
+from zero.setup import make_device
 
 Row = tuple[str, str, str]
 
@@ -62,6 +66,7 @@ class _Evaluation:
 
     def __init__(self, config: Config, arguments: argparse.Namespace) -> None:
         self._config = model_of(config)
+        check_codecarbon(config.cost.energy)
         self._arguments = arguments
         self._out = None if arguments.out is None else _writable(Path(arguments.out))
         if arguments.batch_size < 1:
@@ -103,10 +108,30 @@ class _Evaluation:
 
     def run(self) -> str:
         """Loads the model and does it all."""
+        device = make_device(self._config)
+        cost = self._config.cost
+        meter = None if cost.energy == "off" else EnergyMeter(cost, device.torch_device)
+        if meter is not None:
+            meter.start()
+        try:
+            rows, found = self._evaluate(device)
+        finally:
+            if meter is not None:
+                meter.stop()
+        lines = [text_columns([("what", "here", "published"), *rows])]
+        if meter is not None:
+            used = cost_of(meter.read(), cost)
+            found["cost"] = used.as_json()
+            lines += ["", values_text(used.rows())]
+        if self._out is not None:
+            _write(self._out, found)
+        return "\n".join(lines)
+
+    def _evaluate(self, device: Device) -> tuple[list[Row], dict[str, Any]]:
         model: Any = build_model(self._config, self._tokenizer)
         model.requires_grad_(False)
         model.eval()
-        engine, *_ = initialize(model, config=self._config)
+        engine, *_ = initialize(model, config=self._config, device=device)
         found: dict[str, Any] = {"model": self._config.model.name_or_path, "size": self._size}
         rows: list[Row] = []
         try:
@@ -119,9 +144,7 @@ class _Evaluation:
                 rows += self._tasks(engine, scorer, self._wish, found)
         finally:
             engine.close(keep_values=False)
-        if self._out is not None:
-            _write(self._out, found)
-        return text_columns([("what", "here", "published"), *rows])
+        return rows, found
 
     def _perplexity(self, scorer: Scorer, found: dict[str, Any]) -> list[Row]:
         result = text_perplexity(scorer, self._tokenizer, self._texts, self._window, self._stride)

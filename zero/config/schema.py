@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, PrivateAttr
 from pydantic.fields import FieldInfo
 
+from zero.config.cost import CostSection
 from zero.config.machine import DeviceSection, MemorySection, ParallelSection, PrecisionSection, TensorSection
 from zero.config.needs import Need, missing_data, missing_model
 from zero.config.task import DataSection, LoraSection, ModelSection
@@ -46,6 +47,9 @@ class Config(Section):
 
     parallel: ParallelSection = ParallelSection()
     """How the ranks are divided."""
+
+    cost: CostSection = CostSection()
+    """What is said of energy and CO2e."""
 
     _source: str = PrivateAttr("config")
     _variables: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -141,6 +145,7 @@ __all__ = [
     "FIELDS",
     "SECTIONS",
     "Config",
+    "CostSection",
     "DataSection",
     "DeviceSection",
     "LoraSection",

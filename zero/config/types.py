@@ -87,6 +87,7 @@ Shrink = Annotated[
     float, BeforeValidator(_number), _STRICT_FLOAT, Field(gt=0, lt=1), Allowed("a number between 0 and 1")
 ]
 Growth = Annotated[float, BeforeValidator(_number), _STRICT_FLOAT, Field(gt=1), Allowed("a number above 1")]
+Overhead = Annotated[float, BeforeValidator(_number), _STRICT_FLOAT, Field(ge=1), Allowed("a number, 1 or more")]
 _Beta = Annotated[float, _STRICT_FLOAT, Field(ge=0, lt=1)]
 Betas = Annotated[
     tuple[_Beta, _Beta],

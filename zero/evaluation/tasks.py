@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def check_tasks(wish: TaskWish) -> None:
     require_harness()
     if wish.folder is not None and not wish.folder.is_dir():
         raise UserError(f"--task-path {wish.folder}: no such folder")
-    unknown = [name for name in wish.tasks if name not in _manager(wish).all_tasks]
+    known = set(_manager(wish.folder).all_tasks)
+    unknown = [name for name in wish.tasks if name not in known]
     if unknown:
         raise UserError(
             f"--tasks {unknown[0]}: neither a task of the OPT paper ({', '.join(PAPER_TASKS)}; {_ALL} for all) nor one "
@@ -127,10 +129,11 @@ def check_tasks(wish: TaskWish) -> None:
         )
 
 
-def _manager(wish: TaskWish) -> Any:
+@lru_cache(maxsize=1)  # it reads thousands of files
+def _manager(folder: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=None if wish.folder is None else str(wish.folder))
+    return TaskManager(include_path=None if folder is None else str(folder))
 
 
 def run_tasks(engine: Engine, scorer: Scorer, tokenizer: Any, num_positions: int | None, wish: TaskWish) -> TasksResult:
@@ -153,7 +156,7 @@ def run_tasks(engine: Engine, scorer: Scorer, tokenizer: Any, num_positions: int
             limit=wish.limit,
             bootstrap_iters=0,
             log_samples=False,
-            task_manager=_manager(wish),
+            task_manager=_manager(wish.folder),
         )
     except (OSError, ConnectionError) as error:  # datasets' ways to say that the Hub does not answer
         lines = str(error).strip().splitlines() or [type(error).__name__]
