@@ -57,7 +57,7 @@ def refused(code: int, output: Output, *fragments: str) -> None:
 class TestTrain:
     def test_the_run_folder_holds_everything(self, run: Path) -> None:
         assert {path.name for path in run.iterdir()} == {
-            *("config.toml", "metrics.jsonl", "memory_map.png", "summary.json"),
+            *("config.toml", "metrics.jsonl", "memory_map.png", "summary.json", "energy.jsonl"),
             *("tensorboard", "checkpoints", "model"),
         }
         assert (run / "memory_map.png").read_bytes().startswith(b"\x89PNG")
@@ -289,7 +289,7 @@ class TestWords:
         ("words", "fragments"),
         [
             (["trian"], ["trian: no such command", "did you mean train?"]),
-            (["qqqq"], ["qqqq: no such command", "train, plan, validate, run, generate, serve, export, probe, env"]),
+            (["qqqq"], ["qqqq: no such command", "train, plan, validate, run, generate, eval, serve, export, probe, env"]),
             ([], ["usage: zero", "first steps"]),
             (["env", "--everything"], ["--everything"]),
             (["export", "somewhere"], ["DIR"]),

@@ -115,12 +115,12 @@ class _Evaluation:
             meter.start()
         try:
             rows, found = self._evaluate(device)
+            used = None if meter is None else cost_of(meter.read(), cost)
         finally:
             if meter is not None:
                 meter.stop()
         lines = [text_columns([("what", "here", "published"), *rows])]
-        if meter is not None:
-            used = cost_of(meter.read(), cost)
+        if used is not None:
             found["cost"] = used.as_json()
             lines += ["", values_text(used.rows())]
         if self._out is not None:

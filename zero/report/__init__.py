@@ -9,5 +9,6 @@ alone.
 - ``metrics``: ``metrics.jsonl`` and accelerate's trackers.
 - ``tables``: "who needs what" and the run summary, as rich tables or plain text.
 - ``memory_map``: the picture of a step's memory, as PNG.
+- ``energy``: energy and CO2e, from ``meters`` (with ``nvml`` and ``codecarbon``) and ``grid``.
 - ``timeline``: the predicted schedule of a step, as PNG and for Perfetto.
 """

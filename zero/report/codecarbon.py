@@ -68,6 +68,10 @@ class CodeCarbon:
         self._tracker.flush()
         return float(getattr(self._kept.total, name, None) or 0.0)
 
+    def close(self) -> None:
+        """Ends the tracker's thread."""
+        self._tracker.stop()
+
 
 class _Side:
     """A meter of some of a tracker's totals."""
@@ -85,3 +89,7 @@ class _Side:
     def joules(self) -> float:
         """Since the tracker was made."""
         return sum(self._tracker.total(name) for name in self._names) * _JOULES_PER_KWH
+
+    def close(self) -> None:
+        """Ends the tracker."""
+        self._tracker.close()

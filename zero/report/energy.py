@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -107,6 +108,13 @@ class _Kept:
             meter.key,
         )
 
+    def close(self) -> None:
+        """Ends what the meter has begun, if it has begun something."""
+        close = getattr(self._meter, "close", None)
+        if close is not None:
+            with contextlib.suppress(Exception):
+                close()
+
 
 class EnergyMeter:
     """Counts the energy of this process's processors and accelerator, with a thread that mostly sleeps.
@@ -150,11 +158,12 @@ class EnergyMeter:
             return Reading(self._cpu.part(), gpu, self._clock() - self._start_s)
 
     def stop(self) -> None:
-        """Ends the background thread. Safe to call twice."""
+        """Ends the background thread, after the last reading. Safe to call twice."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._cpu.close()
 
 
 def _meters(cost: Any, device: Any) -> tuple[Meter, Meter | None]:
