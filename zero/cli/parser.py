@@ -19,6 +19,7 @@ first steps:
   zero train configs/quickstart.toml                  no network, no GPU: about two minutes
   zero generate runs/quickstart/model --prompt "The"  what came of it
   zero serve runs/quickstart/model                    the same over HTTP, and as a page in a browser
+  zero eval runs/quickstart/model --text README.md     how well it predicts a text
   zero plan configs/opt-6.7b.toml                     does it fit, and where does every byte go?
   zero train configs/opt-6.7b.toml --device.memory 6GiB --train.max_steps 100
   zero train configs/opt-6.7b.toml --nprocs 2          two processes, each with its own accelerator
