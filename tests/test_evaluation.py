@@ -147,6 +147,17 @@ class TestPerplexity:
         assert few["num_tokens"] == many["num_tokens"]
         assert few["loglikelihood"] != many["loglikelihood"]
 
+    def test_a_file_of_any_name_is_a_text(self, run: Path, text_file: Path, tmp_path: Path, capsys: Output) -> None:
+        page, empty, latin = tmp_path / "PAGE.md", tmp_path / "empty", tmp_path / "latin.rst"
+        page.write_bytes(text_file.read_bytes())
+        named = evaluate(run, tmp_path, "--text", str(page))["perplexity"]
+        assert named == evaluate(run, tmp_path, "--text", str(text_file))["perplexity"]
+        empty.write_text("")
+        latin.write_bytes("Été\n".encode("latin-1"))
+        capsys.readouterr()
+        says(main(["eval", str(run / "model"), *CAP, "--text", str(empty)]), capsys, 2, "empty")
+        says(main(["eval", str(run / "model"), *CAP, "--text", str(latin)]), capsys, 2, "latin.rst:1", "UTF-8")
+
     def test_bytes_and_words(self, run: Path, tmp_path: Path, capsys: Output) -> None:
         file = tmp_path / "t.txt"
         file.write_text(" \n = Été = \n two words \n", encoding="utf-8")
@@ -155,6 +166,8 @@ class TestPerplexity:
         assert found["bits_per_byte"] == pytest.approx(-found["loglikelihood"] / math.log(2) / 26)
         assert found["word_perplexity"] == pytest.approx(math.exp(-found["loglikelihood"] / 8))
         assert "perplexity per word" in capsys.readouterr().out
+        evaluate(run, tmp_path, "--text", str(file))
+        assert "perplexity per word" not in capsys.readouterr().out
 
     def test_a_tokenizer_without_a_beginning_leaves_the_first_token(self, plain: tuple[Any, Any]) -> None:
         model, tokenizer = plain

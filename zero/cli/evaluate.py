@@ -11,8 +11,9 @@ from typing import Any
 from gemini.device import Device
 from zero.config.loading import load_config
 from zero.config.schema import Config
-from zero.data.records import TextRecord
-from zero.data.sources import ReadOptions, load_records
+from zero.data.readers import read_txt, reader_for
+from zero.data.records import Problems, TextRecord
+from zero.data.sources import ReadOptions, RecordSet, load_records
 from zero.engine import Engine
 from zero.errors import UserError
 from zero.evaluation import references
@@ -87,18 +88,13 @@ class _Evaluation:
 
     def _read_texts(self) -> list[Text]:
         """The given files, else the config's held-out data where nothing else was asked for."""
-        given = self._arguments.text
+        if self._arguments.text is not None:
+            return [text for name in self._arguments.text for text in _texts_of_file(name)]
         data = self._config.data
-        if given is None and (data.eval is None or self._wish or self._exchanges):
+        if data.eval is None or self._wish or self._exchanges:
             return []
-        options = ReadOptions(format="text", text_column=data.text_column)
-        if given is None:
-            options = ReadOptions(data.dataset_config, data.eval_split or "validation", data.format, data.text_column)
-        records = load_records(given or data.eval, options, on_error=data.on_error).records
-        texts = [Text(record.where, record.text) for record in records if isinstance(record, TextRecord)]
-        if len(texts) < len(records):
-            raise UserError("data.eval holds prompts or conversations; perplexity is of plain text: give --text FILE")
-        return texts
+        options = ReadOptions(data.dataset_config, data.eval_split or "validation", data.format, data.text_column)
+        return _plain_texts(load_records(data.eval, options, on_error=data.on_error), "data.eval")
 
     def _counting_tokenizer(self) -> Any:
         name = self._arguments.dialogue_tokenizer
@@ -150,7 +146,7 @@ class _Evaluation:
         result = text_perplexity(scorer, self._tokenizer, self._texts, self._window, self._stride)
         reference = references.of_wikitext2(self._size)
         found["perplexity"] = _perplexity_json(result) | {"reference": reference and asdict(reference)}
-        return _perplexity_rows(result, self._arguments.words, reference)
+        return _perplexity_rows(result, self._arguments.per_word, reference)
 
     def _dialogue(self, engine: Engine, scorer: Scorer, found: dict[str, Any]) -> list[Row]:
         result = evaluate_dialogues(
@@ -175,6 +171,26 @@ class _Evaluation:
             error = "" if score.error is None else f" +- {100 * score.error if is_share else score.error:.1f}"
             rows.append((f"{score.task}, {score.metric}", value + error, _published(reference)))
         return [*rows, *_average_rows(result)]
+
+
+def _texts_of_file(name: str) -> list[Text]:
+    """The texts of a data file; any other file is one text, whatever it is called."""
+    path = Path(name)
+    if not path.is_file() or reader_for(path) is not None:
+        return _plain_texts(load_records(name, ReadOptions(format="text")), f"--text {name}")
+    problems = Problems()
+    texts = [Text(row.where, str(row.columns["text"])) for row in read_txt(path, problems, list)]
+    problems.raise_if_refused()
+    if not texts:
+        raise UserError(f"--text {name}: empty; give some text")
+    return texts
+
+
+def _plain_texts(records: RecordSet, what: str) -> list[Text]:
+    texts = [Text(record.where, record.text) for record in records.records if isinstance(record, TextRecord)]
+    if len(texts) < len(records.records):
+        raise UserError(f"{what} holds prompts or conversations; perplexity is of plain text: give --text FILE")
+    return texts
 
 
 def _average_rows(result: TasksResult) -> list[Row]:

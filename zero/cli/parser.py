@@ -232,7 +232,9 @@ where nothing else is asked for. Numbers published for OPT models are shown besi
     verb.add_argument("--text", nargs="+", metavar="FILE", help="files with plain text, each scored by itself")
     verb.add_argument("--window", type=int, metavar="N", help="most tokens read at once (all that the model reads)")
     verb.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next (the window)")
-    verb.add_argument("--words", action="store_true", help="perplexity per word as well, as WikiText counts them")
+    verb.add_argument(
+        "--words", dest="per_word", action="store_true", help="perplexity per word as well, as WikiText counts them"
+    )
     verb.add_argument("--tasks", nargs="+", metavar="NAME", help="of lm-eval or the OPT paper; opt-paper: all its 16")
     verb.add_argument("--shots", type=int, metavar="K", help="examples in each prompt (what each task has)")
     verb.add_argument("--limit", type=int, metavar="N", help="most documents of each task (all)")
