@@ -122,6 +122,11 @@ def test_a_divergence_is_mended(name: str, clean: float, tmp_path: Path, capsys:
     said = capsys.readouterr().out
     assert "back to step 20" in said
     assert any("rollback_from" in line for line in read_metrics(tmp_path))
+    cost = json.loads((tmp_path / "summary.json").read_text())["cost"]
+    lost = {kind["kind"]: kind["num_steps"] for kind in cost["lost"]}
+    # A rate does its harm in the update: the step after it is the first that is bad.
+    num_good = TROUBLE - 20 - (name != "rate far too high")
+    assert lost == {"skipped": 3, "rolled back": num_good, "repeated": 0}
 
 
 def test_going_back_is_remembered_across_a_restart(tmp_path: Path) -> None:
