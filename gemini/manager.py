@@ -69,14 +69,17 @@ class Manager:
         store: counts and gives memory.
         transfer: carries copies.
         chunks: all chunks, by index.
+        only_infers: no pass computes gradients. Then passes without are recorded and planned, as training passes are
+            otherwise; those beside training keep to the plan that training has, and gather one unit at a time.
     """
 
-    def __init__(self, store: Store, transfer: Transfer, chunks: list[Chunk]) -> None:
+    def __init__(self, store: Store, transfer: Transfer, chunks: list[Chunk], only_infers: bool = False) -> None:
         self.store = store
         self.transfer = transfer
         self.chunks = chunks
         self.device: Device = store.device
         self.phase = Phase.IDLE
+        self.only_infers = only_infers
         self.training_pass = False
         self.plan: Plan | None = None
         self.recorder = Recorder(store)
@@ -116,7 +119,7 @@ class Manager:
         """A forward pass starts.
 
         Args:
-            training: gradients will be asked for; such a pass is recorded.
+            training: gradients will be asked for.
             batch_shape: of its largest input tensor.
             pending: beside the graph of an earlier forward, which no plan knows of: nothing is kept for later.
         """
@@ -127,11 +130,17 @@ class Manager:
         self.phase = Phase.FORWARD
         self.training_pass = training
         known = self.trace is not None and self.trace.covers(batch_shape) and not pending
-        self._gathered.eager = not (training and known and self.plan is not None and self.plan.reserve_bytes)
+        planned = self.records and known and self.plan is not None and self.plan.reserve_bytes
+        self._gathered.eager = not planned
         if self._gathered.eager:
             self._gathered.release_all()
-        self.recorder.begin_pass(batch_shape, active=training)
+        self.recorder.begin_pass(batch_shape, active=self.records)
         self._num_passes += 1
+
+    @property
+    def records(self) -> bool:
+        """Whether the pass that runs is of the kind that plans are made for."""
+        return self.training_pass or self.only_infers
 
     @property
     def clock(self) -> int:
@@ -142,12 +151,19 @@ class Manager:
         """A new step begins."""
         self._num_passes = self._num_borders = 0
 
-    def end_forward_pass(self) -> None:
-        """The root module's forward has ended; without gradients the pass is over."""
+    def end_forward_pass(self) -> bool:
+        """The root module's forward has ended; without gradients the pass is over.
+
+        Returns:
+            True if something was learned that asks for a new plan.
+        """
         self.recorder.close()
-        if not self.training_pass:
-            self.phase = Phase.IDLE
+        if self.training_pass:
+            return False
+        self.phase = Phase.IDLE
+        if self._gathered.eager:
             self._gathered.release_all()
+        return self.only_infers and self.recorder.learn()
 
     def abort_pass(self) -> None:
         """The pass will not go on: nobody holds anything any more."""
@@ -423,7 +439,7 @@ class Manager:
     def begin_moment(self, label: str, phase: str) -> None:
         """A border of the pass: closes the running moment, opens the next, makes room for what it will need."""
         self._num_borders += 1
-        if not self.training_pass:
+        if not self.records:
             self._gathered.give_way()
             return
         self.recorder.close()

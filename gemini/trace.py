@@ -6,7 +6,7 @@ A *moment* is one stretch of a pass between two borders: a unit's forward starts
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -116,6 +116,22 @@ class Trace:
     def is_window(self) -> bool:
         """Whether it is one of several micro-batches that went through the model layer by layer."""
         return any(shape[:1] == (_WINDOW,) for shape in self.batch_shapes)
+
+    def with_work_of(self, other: Trace | None) -> Trace:
+        """The same memory with the work of another pass through the same moments.
+
+        Args:
+            other: None: of a single token, which is estimated from what moments read.
+        """
+        if other is None or not self.same_shape(other):
+            moments = [replace(m, flops=0.0, fp32_flops=0.0, traffic_bytes=0.0, num_ops=0) for m in self.moments]
+            return replace(self, moments=moments, batch_shapes=[(1, 1)])
+        pairs = zip(self.moments, other.moments, strict=True)
+        moments = [
+            replace(m, flops=o.flops, fp32_flops=o.fp32_flops, traffic_bytes=o.traffic_bytes, num_ops=o.num_ops)
+            for m, o in pairs
+        ]
+        return replace(self, moments=moments)
 
     def covers(self, batch_shape: tuple[int, ...]) -> bool:
         """Whether a batch of this shape needs no more than one that was seen: no longer *and* no more rows.

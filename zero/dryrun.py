@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,54 @@ def walk_evaluation(engine: Engine, batch: dict[str, torch.Tensor], held_bytes: 
     )
 
 
+def walk_inference(model: nn.Module, config: Config, shape: tuple[int, int]) -> tuple[Trace, Trace, int]:
+    """Prefill of some rows, and a pass of one token for each, everything offloaded. Call it inside the fake mode.
+
+    Args:
+        model: with fake parameters; it is taken over.
+        config: of the run.
+        shape: rows, and tokens of each.
+
+    Returns:
+        The traces of the two, and the bytes of the cache per token.
+
+    Raises:
+        CannotWalkError: the model failed.
+    """
+    from zero.engine import Engine
+
+    offloaded = load_config(config, {"memory": {"policy": "cpu", "pin": False, "host": "null", "disk": "null"}})
+    engine = Engine(model, None, None, offloaded, DryDevice(), None, arena=DryArena, only_infers=True)
+    traces, cache_bytes = [], 0
+    for rows, tokens in (shape, (shape[0], 1)):
+        engine.manager.trace = None
+        with models_own_code():
+            output = model(**inference_inputs(model, torch.ones((rows, tokens), dtype=torch.long)))
+        cache_bytes = cache_bytes or cache_bytes_of(output)
+        del output
+        if engine.manager.trace is None:
+            raise RuntimeError("the dry run recorded nothing")
+        traces.append(engine.manager.trace)
+    for moment in traces[1].moments:  # products of single tokens wait for the weights, and those count as traffic
+        moment.traffic_bytes += sum(engine.facts[chunk].gathered_bytes for chunk in moment.reads)
+    return traces[0], traces[1], -(-cache_bytes // max(1, shape[0] * shape[1]))
+
+
+def inference_inputs(model: nn.Module, tokens: torch.Tensor) -> dict[str, Any]:
+    """Arguments for a pass that fills a cache and wants the logits of the last position only, as far as it can say so."""
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    return inputs
+
+
+def cache_bytes_of(output: Any) -> int:
+    """Of the keys and values that a pass has left; 0 where the model keeps none."""
+    layers = getattr(getattr(output, "past_key_values", None), "layers", ())
+    kept = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor))
+
+
 def _some_loss(output: Any) -> torch.Tensor:
     """The model's loss, or for a model without one a scalar of all that it returned."""
     loss = getattr(output, "loss", None)
@@ -161,7 +210,7 @@ def _some_loss(output: Any) -> torch.Tensor:
 
 
 class Blueprint:
-    """A fake copy of a model, kept to answer one question: what would this batch have needed?
+    """A fake copy of a model, kept to answer one question: what would this batch need, or have needed?
 
     It takes no memory to speak of. A model that cannot be copied has no answer.
     """
@@ -186,5 +235,17 @@ class Blueprint:
             with self._mode:
                 return walk(model, None, config, fake_args, fake_kwargs, exchange, num_micro_batches)[0]
         except Exception as error:  # only advice is lost, and the refusal that asks for it must come out
+            logger.debug("the blueprint cannot be walked through: %s", error)
+            return None
+
+    def inference(self, config: Config, shape: tuple[int, int]) -> tuple[Trace, Trace, int] | None:
+        """What :func:`walk_inference` finds for rows and tokens; None where it cannot be told."""
+        model, self._model = self._model, None
+        if model is None:
+            return None
+        try:
+            with self._mode:
+                return walk_inference(model, config, shape)
+        except Exception as error:  # plans are then made from passes
             logger.debug("the blueprint cannot be walked through: %s", error)
             return None

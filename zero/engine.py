@@ -77,6 +77,7 @@ class Engine(WindowVerbs):
         arena: type[HostArena] = HostArena,
         blueprint: Blueprint | None = None,
         exchange: Exchange = ALONE,
+        only_infers: bool = False,
     ) -> None:
         self.module = model
         self.criterion = criterion
@@ -105,7 +106,8 @@ class Engine(WindowVerbs):
         self._host = arena(device, config.memory.pin, budget_bytes)
         if optimizer is not None:
             require_ours(optimizer, model)  # before anything is touched
-        managed = take_over(model, config, device, optimizer, self._accumulation > 1, self._host, exchange)
+        accumulates = self._accumulation > 1
+        managed = take_over(model, config, device, optimizer, accumulates, self._host, exchange, only_infers)
         self.optimizer: ZeroOptimizer | None = None
         self.manager = managed.manager
         with contextlib.ExitStack() as undo:  # a refusal leaves model and optimizer as they were

@@ -229,10 +229,15 @@ class ModelHooks:
             kwargs = self._compiled.without_cache(self._root, kwargs)
         if training and self._activations is not None:
             self._activations.begin_pass()
-        self._saving = saved_tensors_hooks(self._pack, self._unpack) if training else None
-        if self._saving is not None:
-            self._saving.__enter__()
+        self._saving = self._saved(training)
+        self._saving.__enter__()
         return args, kwargs
+
+    def _saved(self, training: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around a pass: what autograd saves. Where no pass has a backward nothing is, whatever the caller's mode."""
+        if training:
+            return saved_tensors_hooks(self._pack, self._unpack)
+        return torch.no_grad() if self._manager.only_infers else contextlib.nullcontext()
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         del args, kwargs
@@ -260,7 +265,7 @@ class ModelHooks:
                 self._planner.ran_out()
             return
         with _ordinary_tensors():
-            self._manager.end_forward_pass()
+            self._planner.forward_ends()
         if self._manager.training_pass:
             self._manager.device.expects_backward = True
             self._expect_backward([tensor for tensor in returned if tensor.requires_grad])

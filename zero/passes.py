@@ -41,6 +41,10 @@ class PassPlanner:
         has_news: what other ranks' plans should be made from, too, has changed since they were told.
         step_bytes: temporaries of an update on the device, as far as they are known beforehand.
         streamed_piece_numel: see :attr:`gemini.trace.Trace.streamed_piece_numel`.
+        room_bytes: that the program will hold on the device between passes, at the highest, as far as it has said: the
+            keys and values of generation.
+        light: the pass that plans are to be fast for where no pass has a backward: of one token for each row, since those
+            are nearly all. Its memory does not count.
     """
 
     def __init__(self, policy: Policy, facts: list[ChunkFacts], manager: Manager, device: Device) -> None:
@@ -51,6 +55,8 @@ class PassPlanner:
         self.needs_plan = self.has_news = False
         self.step_bytes = 0
         self.streamed_piece_numel = 0
+        self.room_bytes = 0
+        self.light: Trace | None = None
         # Non-model bytes that lie on the device when a pass begins: the user holds the last loss, outputs, batches.
         self._held_bytes = 0
         self._traced_held_bytes = 0
@@ -75,9 +81,10 @@ class PassPlanner:
         self._held_bytes = self._device.memory().non_model_bytes
         if self._manager.phase is not Phase.IDLE:
             self._manager.abort_pass()  # a forward that nobody has taken backward yet
-        if training:
+        planned = training or self._manager.only_infers
+        if planned:
             self._look_for_others()
-        self._prepare(training, batch_shape, pending)
+        self._prepare(planned, batch_shape, pending)
         self._manager.begin_pass(training, batch_shape, pending)
 
     def _look_for_others(self) -> None:
@@ -90,14 +97,14 @@ class PassPlanner:
             self.needs_plan |= self._manager.trace is not None
             self.has_news = True
 
-    def _prepare(self, training: bool, batch_shape: tuple[int, ...], pending: bool) -> None:
+    def _prepare(self, planned: bool, batch_shape: tuple[int, ...], pending: bool) -> None:
         trace = self._manager.trace
         if trace is None:
             return
-        if not trace.covers(batch_shape) or self._ran_out or (pending and self._crowded(trace, training)):
+        if not trace.covers(batch_shape) or self._ran_out or (pending and self._crowded(trace, planned)):
             self._ran_out = False
             self.offload_everything()  # nobody knows what this pass needs: warm up again
-        elif training and (self.needs_plan or self._held_bytes > self._planned_held_bytes):
+        elif planned and (self.needs_plan or self._held_bytes > self._planned_held_bytes):
             self._replan()
 
     def _crowded(self, trace: Trace, training: bool) -> bool:
@@ -107,6 +114,25 @@ class PassPlanner:
         if training:  # one backward through both graphs keeps a gradient until the other graph has added to it
             needed_bytes += sum(fact.gathered_bytes for fact in self._facts if fact.companion_bytes_per_numel)
         return self._device.model_data_bytes + needed_bytes > self._device.capacity_bytes
+
+    def expect(self, trace: Trace, light: Trace, cache_bytes: int, room_bytes: int) -> None:
+        """Plans before the first pass, from dry runs.
+
+        Args:
+            trace: of the largest pass there will be.
+            light: see :attr:`light`.
+            cache_bytes: that this pass makes and that stay, so that its moments have them already.
+            room_bytes: see :attr:`room_bytes`.
+
+        Raises:
+            gemini.plan.DoesNotFitError: there is no plan that leaves the room.
+        """
+        self._manager.trace, self.light, self.room_bytes = trace, light, room_bytes
+        self._traced_held_bytes, self._planned_held_bytes = min(cache_bytes, room_bytes), room_bytes
+        raised = _with_more(trace, room_bytes - self._traced_held_bytes).with_work_of(light)
+        plan = self._policy.decide(self._facts, raised, self._device.capacity_bytes - self._taken_bytes)
+        self.needs_plan, self._was_planned = False, True
+        self._manager.apply(plan)
 
     def ran_out(self) -> None:
         """A pass ran out of memory, or broke off in backward for a reason that nobody told us."""
@@ -126,15 +152,24 @@ class PassPlanner:
         self._manager.abort_pass()
         self.offload_everything()
 
+    def forward_ends(self) -> None:
+        """The outermost module has returned."""
+        is_first = self._manager.trace is None
+        self.needs_plan |= self._manager.end_forward_pass()
+        if self._manager.only_infers:
+            self._note_held(is_first)
+
+    def _note_held(self, is_first: bool) -> None:
+        self._traced_held_bytes = self._held_bytes if is_first else max(self._traced_held_bytes, self._held_bytes)
+
     def backward_ends(self) -> None:
         """A training pass was recorded whole."""
-        if self._manager.trace is None:
-            self._traced_held_bytes = self._held_bytes
+        is_first = self._manager.trace is None
         self.needs_plan |= self._manager.end_backward()
         if self._manager.trace is not None:
             self._manager.trace.step_peak_bytes = max(self._manager.trace.step_peak_bytes, self.step_bytes)
             self._manager.trace.streamed_piece_numel = self.streamed_piece_numel
-        self._traced_held_bytes = max(self._traced_held_bytes, self._held_bytes)
+        self._note_held(is_first)
 
     def refusal(self, error: torch.OutOfMemoryError, trace: Trace | None) -> Exception:
         """An out-of-memory error of a pass as a table of who needs what.
@@ -187,12 +222,16 @@ class PassPlanner:
         if trace is None:
             return
         more_bytes = max(0, self._held_bytes - self._traced_held_bytes)
-        if more_bytes:
+        if self.room_bytes >= self._held_bytes:
+            more_bytes = max(0, self.room_bytes - self._traced_held_bytes)
+        elif more_bytes:
             more_bytes += self._device.capacity_bytes // _SLACK
         margin_bytes = more_bytes + self._margin_bytes
         self._planned_margin_bytes = self._margin_bytes
         self._planned_held_bytes = self._traced_held_bytes + more_bytes
         left_bytes = self._device.capacity_bytes - self._taken_bytes
+        if self._manager.only_infers:
+            trace = trace.with_work_of(self.light)
         try:
             plan = self._policy.decide(self._facts, _with_more(trace, margin_bytes), left_bytes)
             plan.spared_bytes += self._taken_bytes

@@ -43,6 +43,13 @@ def profile_of(config: Config, device: Device, exchange: Exchange = ALONE) -> Ha
     return measured_profile(device, world, disk=config.memory.disk)
 
 
+def has_rates(config: Config, device: Device) -> bool:
+    """Whether :func:`profile_of` says something about this device, and not only what is assumed of any."""
+    if isinstance(device, SimulatedDevice):
+        return device.clock is not None or config.device.profile != "auto"
+    return isinstance(device, AcceleratorDevice)
+
+
 def measured_profile(
     device: Device, world: World | None = None, again: bool = False, disk: str | None = None
 ) -> HardwareProfile:

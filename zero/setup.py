@@ -173,6 +173,7 @@ def take_over(
     accumulates: bool,
     host: HostArena,
     exchange: Exchange = ALONE,
+    only_infers: bool = False,
 ) -> Managed:
     """Moves every parameter of a model into chunks, one by one, so that host memory never holds two copies.
 
@@ -184,6 +185,7 @@ def take_over(
         accumulates: gradients are summed over micro-batches, in fp32.
         host: gives host memory.
         exchange: with the other ranks that own a part of each chunk.
+        only_infers: nothing is trained, whatever parameters say; they keep saying it.
 
     Raises:
         UserError: a parameter cannot be managed, or states cannot be as the config wants them.
@@ -192,7 +194,7 @@ def take_over(
     dtype = DTYPES[config.precision.dtype]
     units = find_units(model)
     _refuse_what_cannot_be_managed(model, units)
-    layouts = build_layout(_unit_specs(model, units, dtype), config.memory.chunk, partial(align_numel, form))
+    layouts = build_layout(_unit_specs(model, units, dtype, only_infers), config.memory.chunk, partial(align_numel, form))
     codecs = _codecs(layouts, form, config.train.seed)
     parameters = {name: p for unit in units for name, p in unit.parameters}
     state_bytes = 0 if optimizer is None else state_bytes_per_numel(optimizer)
@@ -219,7 +221,7 @@ def take_over(
         manage(tensor.parameter, tensor)  # type: ignore[arg-type]
     _cast_empty(model, tensors, dtype, device)
     _cast_buffers(model, dtype, device)
-    return Managed(Manager(store, transfer, chunks), units, tensors, _names(parameters), facts, spare_bytes)
+    return Managed(Manager(store, transfer, chunks, only_infers), units, tensors, _names(parameters), facts, spare_bytes)
 
 
 def _names(parameters: dict[str, nn.Parameter]) -> dict[int, str]:
@@ -232,14 +234,14 @@ def _refuse_what_cannot_be_managed(model: nn.Module, units: list[Unit]) -> None:
     _require_dense_gradients(model)
 
 
-def _unit_specs(model: nn.Module, units: list[Unit], dtype: torch.dtype) -> list[UnitSpec]:
+def _unit_specs(model: nn.Module, units: list[Unit], dtype: torch.dtype, only_infers: bool) -> list[UnitSpec]:
     wants_fp32 = _fp32_names(model, dtype)
-    return [
-        UnitSpec(
-            unit.label, tuple(_spec(name, p, dtype, any(w in name for w in wants_fp32)) for name, p in unit.parameters)
-        )
-        for unit in units
-    ]
+
+    def spec(name: str, parameter: nn.Parameter) -> ParameterSpec:
+        trainable = parameter.requires_grad and not only_infers
+        return _spec(name, parameter, dtype, any(w in name for w in wants_fp32), trainable)
+
+    return [UnitSpec(unit.label, tuple(spec(*named) for named in unit.parameters)) for unit in units]
 
 
 def _host_limit_bytes(model: nn.Module, config: Config, exchange: Exchange) -> int:
@@ -291,7 +293,9 @@ def _require_dense_gradients(model: nn.Module) -> None:
             )
 
 
-def _spec(name: str, parameter: nn.Parameter, dtype: torch.dtype, keep_fp32: bool) -> ParameterSpec:
+def _spec(
+    name: str, parameter: nn.Parameter, dtype: torch.dtype, keep_fp32: bool, trainable: bool
+) -> ParameterSpec:
     if isinstance(parameter, UninitializedParameter):
         raise UserError(
             f"parameter {name} of a lazy module has no shape yet: run the model once before zero.initialize()"
@@ -308,7 +312,6 @@ def _spec(name: str, parameter: nn.Parameter, dtype: torch.dtype, keep_fp32: boo
         raise UserError(f"parameter {name} is a {type(parameter).__name__}: only plain tensors can be managed")
     if parameter.is_complex():
         raise UserError(f"parameter {name} is complex: only real parameters can be managed")
-    trainable = parameter.requires_grad
     if trainable and parameter.dtype == torch.float64:
         raise UserError(
             f"parameter {name} is float64, but masters and optimizer states are float32: cast it with .float() if that is "

@@ -1,0 +1,128 @@
+"""An engine that only infers: what stays on the device, and how fast a pass will be, said before the first one."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import nn
+
+from gemini.clock import DISK, IN
+from gemini.device import Device
+from gemini.plan import Plan, disk_bytes, host_bytes
+from gemini.units import format_bytes
+from zero.config.schema import Config
+from zero.dryrun import Blueprint
+from zero.engine import Engine
+from zero.probing import has_rates
+from zero.ranks import join_ranks, make_exchange
+from zero.setup import make_device
+
+logger = logging.getLogger("zero")
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What generation will be like.
+
+    Attributes:
+        device_bytes: of the model that stay on the device.
+        host_bytes: that stay on the host.
+        disk_bytes: that stay on disk.
+        streamed_bytes: that each pass fetches.
+        cache_bytes_per_token: of the keys and values of one position of one row.
+        room_bytes: that the plan leaves for keys and values.
+        pass_s: predicted seconds of a pass of one token per row; 0 where they are not known.
+        num_rows: that share such a pass.
+        link_s: of them, seconds that the link to the device works.
+        disk_s: likewise the disk.
+    """
+
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    streamed_bytes: int
+    cache_bytes_per_token: int
+    room_bytes: int
+    pass_s: float
+    num_rows: int
+    link_s: float = 0.0
+    disk_s: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all rows together; 0 where it is not known."""
+        return self.num_rows / self.pass_s if self.pass_s else 0.0
+
+    @property
+    def text(self) -> str:
+        """In one line, for people."""
+        places = (("on the device", self.device_bytes), ("on the host", self.host_bytes), ("on disk", self.disk_bytes))
+        parts = [", ".join(f"{format_bytes(num_bytes)} {place}" for place, num_bytes in places if num_bytes)]
+        if self.streamed_bytes:
+            parts.append(f"{format_bytes(self.streamed_bytes)} fetched in each pass")
+        if self.pass_s:
+            rows = f"{self.num_rows} row{'s' if self.num_rows > 1 else ''}"
+            parts.append(f"about {self.tokens_per_s:.3g} tokens/s with {rows}{self._limit}")
+        return "; ".join(parts)
+
+    @property
+    def _limit(self) -> str:
+        if max(self.link_s, self.disk_s) < 0.5 * self.pass_s:
+            return ""
+        return ", held back by the disk" if self.disk_s > self.link_s else ", held back by the link to the device"
+
+
+def make_inference_engine(
+    model: nn.Module, config: Config, device: Device | None = None, shape: tuple[int, int] = (1, 1), num_tokens: int = 0
+) -> tuple[Engine, Outlook]:
+    """Takes a model over for passes without gradients.
+
+    Args:
+        model: any ``torch.nn.Module``; what its parameters say about gradients stays as it is.
+        config: path, dict or Config have been resolved already.
+        device: one made already; by default the one that ``[device]`` names.
+        shape: rows and tokens of the largest pass that is to be expected.
+        num_tokens: positions of all rows together whose keys and values will be kept on the device; by default the
+            shape's.
+
+    Raises:
+        gemini.plan.DoesNotFitError: not even with one unit at a time on the device, or not with that cache beside.
+    """
+    world = join_ranks(config)
+    device = device or make_device(config)
+    blueprint = Blueprint(model)
+    exchange = make_exchange(config, world)
+    engine = Engine(model, None, None, config, device, None, exchange=exchange, only_infers=True)
+    try:
+        return engine, _prepare(engine, blueprint, shape, num_tokens or shape[0] * shape[1])
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _prepare(engine: Engine, blueprint: Blueprint, shape: tuple[int, int], num_tokens: int) -> Outlook:
+    walked = blueprint.inference(engine.config, shape)
+    if walked is None:
+        logger.info("this model cannot be walked through beforehand: the first passes will show what stays on the device")
+        return _outlook(engine, engine.plan, 0, 0, shape[0])
+    trace, light, cache_bytes_per_token = walked
+    room_bytes = 0 if engine.device.is_host else num_tokens * cache_bytes_per_token
+    engine._planner.expect(trace, light, shape[0] * shape[1] * cache_bytes_per_token, room_bytes)
+    return _outlook(engine, engine.plan, cache_bytes_per_token, room_bytes, shape[0])
+
+
+def _outlook(engine: Engine, plan: Plan, cache_bytes_per_token: int, room_bytes: int, num_rows: int) -> Outlook:
+    facts = engine.facts
+    return Outlook(
+        plan.resident_parameter_bytes,
+        host_bytes(facts, plan.placements),
+        disk_bytes(facts, plan.placements),
+        plan.predicted_h2d_bytes,
+        cache_bytes_per_token,
+        room_bytes,
+        plan.predicted_step_s if has_rates(engine.config, engine.device) else 0.0,
+        num_rows,
+        plan.predicted_busy_s.get(IN, 0.0),
+        plan.predicted_busy_s.get(DISK, 0.0),
+    )
