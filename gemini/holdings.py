@@ -44,6 +44,7 @@ class Holdings:
         self._sums_on_way: list[Pending] = []
         self.has_sums = False
         self._streams_update = False
+        self.was_written = False
         self.before_change: Callable[[], None] = nothing
 
     @property
@@ -225,6 +226,7 @@ class Holdings:
     def put_values(self, entry: Entry, data: torch.Tensor) -> None:
         """Writes what is owned of one parameter's values, and of its master where there is one, from any float dtype."""
         self.before_change()
+        self.was_written = True
         flat = _flat(entry, data, torch.promote_types(data.dtype, entry.spec.dtype))
         for segment, left, right in self.pieces(entry.offset, entry.stop):
             segment.write_values(self._store, flat[left - entry.offset : right - entry.offset], left)

@@ -134,7 +134,9 @@ class Manager:
         self._gathered.eager = not planned
         if self._gathered.eager:
             self._gathered.release_all()
-        self.recorder.begin_pass(batch_shape, active=self.records)
+        # What lies there between passes without gradients grows from one to the next (keys and values): not theirs.
+        held_bytes = self.device.memory().non_model_bytes if self.only_infers else 0
+        self.recorder.begin_pass(batch_shape, active=self.records, held_bytes=held_bytes)
         self._num_passes += 1
 
     @property

@@ -46,9 +46,17 @@ class Recorder:
         self._refused = False
         self._with_gradient: dict[int, set[int]] = {}
         self._work_before = Work()
+        self._held_bytes = 0
 
-    def begin_pass(self, batch_shape: tuple[int, ...], active: bool) -> None:
-        """Forgets the unfinished record; ``active`` passes are recorded."""
+    def begin_pass(self, batch_shape: tuple[int, ...], active: bool, held_bytes: int = 0) -> None:
+        """Forgets the unfinished record.
+
+        Args:
+            batch_shape: of its largest input tensor.
+            active: whether it is recorded.
+            held_bytes: non-model bytes that are there already and that the record leaves out.
+        """
+        self._held_bytes = held_bytes
         self._recording = Trace(batch_shapes=[batch_shape])
         self._active = active
         self._device.counts_work = active and (self.trace is None or not self.trace.covers(batch_shape))
@@ -90,11 +98,13 @@ class Recorder:
         moment = self._recording.moments[-1]
         memory = self._device.memory()
         moment.non_model_peak_bytes = max(
-            moment.non_model_peak_bytes, memory.non_model_peak_bytes, self._device.refused_bytes
+            moment.non_model_peak_bytes,
+            memory.non_model_peak_bytes - self._held_bytes,
+            self._device.refused_bytes - self._held_bytes,
         )
         most = moment.non_model_peak_bytes + moment.gathered_peak_bytes
         # What stays through the pass may grow within the moment (a gradient's buffer): the smaller figure is safe.
-        both = memory.peak_bytes - min(self._persistent_bytes, self._persistent())
+        both = memory.peak_bytes - self._held_bytes - min(self._persistent_bytes, self._persistent())
         refused = self._refused or self._device.refused_bytes > 0
         moment.both_peak_bytes = most if refused else min(most, both)
         moment.duration_s = time.perf_counter() - self._started_s

@@ -8,6 +8,7 @@ from zero.config.legacy import AMP_TYPE, BucketTensorShardStrategy, TensorShardS
 from zero.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
+    from zero import models
     from zero.context import ZeroInitContext
     from zero.initializer import initialize
     from zero.launcher import launch, launch_from_torch
@@ -23,6 +24,7 @@ __all__ = [
     "initialize",
     "launch",
     "launch_from_torch",
+    "models",
 ]
 
 # Loaded when first used, so that `zero validate` and `import zero` do not wait for torch. No submodule may carry one of
@@ -36,8 +38,10 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'zero' has no attribute {name!r}")
     import importlib
 
+    if name == "models":
+        return importlib.import_module("zero.models")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'zero' has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,37 +153,65 @@ def walk_evaluation(engine: Engine, batch: dict[str, torch.Tensor], held_bytes: 
     )
 
 
-def walk_inference(model: nn.Module, config: Config, shape: tuple[int, int]) -> tuple[Trace, Trace, int]:
-    """Prefill of some rows, and a pass of one token for each, everything offloaded. Call it inside the fake mode.
+@dataclass(frozen=True)
+class InferencePass:
+    """What a dry run found of a pass without gradients.
+
+    Attributes:
+        rows: sequences.
+        tokens: of each.
+        trace: of it.
+        light: of one token for each row.
+        cache_bytes_per_token: of keys and values.
+    """
+
+    rows: int
+    tokens: int
+    trace: Trace
+    light: Trace
+    cache_bytes_per_token: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """That the pass makes."""
+        return self.rows * self.tokens * self.cache_bytes_per_token
+
+
+class InferenceWalk:
+    """Passes without gradients, everything offloaded. Make and use it inside the fake mode.
 
     Args:
         model: with fake parameters; it is taken over.
         config: of the run.
-        shape: rows, and tokens of each.
-
-    Returns:
-        The traces of the two, and the bytes of the cache per token.
-
-    Raises:
-        CannotWalkError: the model failed.
     """
-    from zero.engine import Engine
 
-    offloaded = load_config(config, {"memory": {"policy": "cpu", "pin": False, "host": "null", "disk": "null"}})
-    engine = Engine(model, None, None, offloaded, DryDevice(), None, arena=DryArena, only_infers=True)
-    traces, cache_bytes = [], 0
-    for rows, tokens in (shape, (shape[0], 1)):
-        engine.manager.trace = None
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        from zero.engine import Engine
+
+        offloaded = load_config(config, {"memory": {"policy": "cpu", "pin": False, "host": "null", "disk": "null"}})
+        self._model = model
+        self._engine = Engine(model, None, None, offloaded, DryDevice(), None, arena=DryArena, only_infers=True)
+
+    def walk(self, rows: int, tokens: int) -> InferencePass:
+        """One pass that fills a cache, and one of a token for each row.
+
+        Raises:
+            CannotWalkError: the model failed.
+        """
+        trace, cache_bytes = self._pass(rows, tokens)
+        light, _ = self._pass(rows, 1)
+        for moment in light.moments:  # products of single tokens wait for the weights, which therefore count as traffic
+            moment.traffic_bytes += sum(self._engine.facts[chunk].gathered_bytes for chunk in moment.reads)
+        return InferencePass(rows, tokens, trace, light, -(-cache_bytes // (rows * tokens)))
+
+    def _pass(self, rows: int, tokens: int) -> tuple[Trace, int]:
+        self._engine.manager.trace = None
         with models_own_code():
-            output = model(**inference_inputs(model, torch.ones((rows, tokens), dtype=torch.long)))
-        cache_bytes = cache_bytes or cache_bytes_of(output)
-        del output
-        if engine.manager.trace is None:
+            output = self._model(**inference_inputs(self._model, torch.ones((rows, tokens), dtype=torch.long)))
+        trace = self._engine.manager.trace
+        if trace is None:
             raise RuntimeError("the dry run recorded nothing")
-        traces.append(engine.manager.trace)
-    for moment in traces[1].moments:  # products of single tokens wait for the weights, and those count as traffic
-        moment.traffic_bytes += sum(engine.facts[chunk].gathered_bytes for chunk in moment.reads)
-    return traces[0], traces[1], -(-cache_bytes // max(1, shape[0] * shape[1]))
+        return trace, cache_bytes_of(output)
 
 
 def inference_inputs(model: nn.Module, tokens: torch.Tensor) -> dict[str, Any]:
@@ -238,14 +267,17 @@ class Blueprint:
             logger.debug("the blueprint cannot be walked through: %s", error)
             return None
 
-    def inference(self, config: Config, shape: tuple[int, int]) -> tuple[Trace, Trace, int] | None:
-        """What :func:`walk_inference` finds for rows and tokens; None where it cannot be told."""
+    def inference(self, config: Config, shapes: Iterable[tuple[int, int]]) -> Iterator[InferencePass]:
+        """Passes of so many rows and tokens, one after the other as they are asked for; none where it cannot be told."""
         model, self._model = self._model, None
         if model is None:
-            return None
+            return
         try:
             with self._mode:
-                return walk_inference(model, config, shape)
-        except Exception as error:  # plans are then made from passes
+                walk = InferenceWalk(model, config)
+            for rows, tokens in shapes:
+                with self._mode:
+                    found = walk.walk(rows, tokens)
+                yield found
+        except CannotWalkError as error:  # plans are then made from passes
             logger.debug("the blueprint cannot be walked through: %s", error)
-            return None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from gemini.clock import DISK, IN
 from gemini.device import Device
-from gemini.plan import Plan, disk_bytes, host_bytes
+from gemini.plan import DoesNotFitError, disk_bytes, host_bytes
 from gemini.units import format_bytes
 from zero.config.schema import Config
-from zero.dryrun import Blueprint
+from zero.dryrun import Blueprint, InferencePass
 from zero.engine import Engine
 from zero.probing import has_rates
 from zero.ranks import join_ranks, make_exchange
@@ -73,18 +74,44 @@ class Outlook:
         return ", held back by the disk" if self.disk_s > self.link_s else ", held back by the link to the device"
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What passes will be like.
+
+    Attributes:
+        rows: sequences of the largest pass.
+        tokens: of each.
+        fewer: fewer tokens will do where so many do not fit.
+        cached_tokens: positions of all rows together whose keys and values stay on the device; by default those of the
+            largest pass.
+    """
+
+    rows: int = 1
+    tokens: int = 1
+    fewer: bool = False
+    cached_tokens: int | None = None
+
+    @property
+    def shapes(self) -> Iterator[tuple[int, int]]:
+        """To be tried, the largest first."""
+        tokens = self.tokens
+        while True:
+            yield self.rows, tokens
+            if not self.fewer or tokens == 1:
+                return
+            tokens //= 2
+
+
 def make_inference_engine(
-    model: nn.Module, config: Config, device: Device | None = None, shape: tuple[int, int] = (1, 1), num_tokens: int = 0
+    model: nn.Module, config: Config, device: Device | None = None, expected: Expected | None = None
 ) -> tuple[Engine, Outlook]:
     """Takes a model over for passes without gradients.
 
     Args:
         model: any ``torch.nn.Module``; what its parameters say about gradients stays as it is.
-        config: path, dict or Config have been resolved already.
+        config: of the run.
         device: one made already; by default the one that ``[device]`` names.
-        shape: rows and tokens of the largest pass that is to be expected.
-        num_tokens: positions of all rows together whose keys and values will be kept on the device; by default the
-            shape's.
+        expected: what passes will be like.
 
     Raises:
         gemini.plan.DoesNotFitError: not even with one unit at a time on the device, or not with that cache beside.
@@ -95,34 +122,46 @@ def make_inference_engine(
     exchange = make_exchange(config, world)
     engine = Engine(model, None, None, config, device, None, exchange=exchange, only_infers=True)
     try:
-        return engine, _prepare(engine, blueprint, shape, num_tokens or shape[0] * shape[1])
+        return engine, _prepare(engine, blueprint, expected or Expected())
     except BaseException:
         engine.close()
         raise
 
 
-def _prepare(engine: Engine, blueprint: Blueprint, shape: tuple[int, int], num_tokens: int) -> Outlook:
-    walked = blueprint.inference(engine.config, shape)
-    if walked is None:
-        logger.info("this model cannot be walked through beforehand: the first passes will show what stays on the device")
-        return _outlook(engine, engine.plan, 0, 0, shape[0])
-    trace, light, cache_bytes_per_token = walked
-    room_bytes = 0 if engine.device.is_host else num_tokens * cache_bytes_per_token
-    engine._planner.expect(trace, light, shape[0] * shape[1] * cache_bytes_per_token, room_bytes)
-    return _outlook(engine, engine.plan, cache_bytes_per_token, room_bytes, shape[0])
+def _prepare(engine: Engine, blueprint: Blueprint, expected: Expected) -> Outlook:
+    refusal: DoesNotFitError | None = None
+    for found in blueprint.inference(engine.config, expected.shapes):
+        room_bytes = found.cache_bytes
+        if expected.cached_tokens is not None:
+            room_bytes = expected.cached_tokens * found.cache_bytes_per_token
+        try:
+            engine._planner.expect(found, 0 if engine.device.is_host else room_bytes)
+        except DoesNotFitError as error:
+            refusal = refusal or error
+            continue
+        if found.tokens < expected.tokens:
+            logger.warning(
+                "passes of %d tokens may not fit on the device; planned for %d", expected.tokens, found.tokens
+            )
+        return _outlook(engine, found, room_bytes)
+    if refusal is not None:
+        raise refusal
+    logger.info("this model cannot be walked through beforehand: its first passes will show what can stay on the device")
+    return _outlook(engine, None, 0)
 
 
-def _outlook(engine: Engine, plan: Plan, cache_bytes_per_token: int, room_bytes: int, num_rows: int) -> Outlook:
-    facts = engine.facts
+def _outlook(engine: Engine, found: InferencePass | None, room_bytes: int) -> Outlook:
+    plan, facts = engine.plan, engine.facts
+    is_timed = found is not None and has_rates(engine.config, engine.device)
     return Outlook(
         plan.resident_parameter_bytes,
         host_bytes(facts, plan.placements),
         disk_bytes(facts, plan.placements),
         plan.predicted_h2d_bytes,
-        cache_bytes_per_token,
+        0 if found is None else found.cache_bytes_per_token,
         room_bytes,
-        plan.predicted_step_s if has_rates(engine.config, engine.device) else 0.0,
-        num_rows,
+        plan.predicted_step_s if is_timed else 0.0,
+        1 if found is None else found.rows,
         plan.predicted_busy_s.get(IN, 0.0),
         plan.predicted_busy_s.get(DISK, 0.0),
     )

@@ -18,6 +18,7 @@ from zero.errors import UserError
 from zero.launcher import current_config
 from zero.liger import use_liger
 from zero.loader import LoaderView, shard_loader
+from zero.models.loading import take_back
 from zero.optim.native import NativeKernel, load_native, native_status
 from zero.optim.native_choice import BY_ITSELF, why_not_native
 from zero.ranks import join_ranks, make_exchange
@@ -38,7 +39,8 @@ def initialize(
     """Takes a model over.
 
     Args:
-        model: any ``torch.nn.Module``; it stays the object you call, and its parameters stay the same objects.
+        model: any ``torch.nn.Module``, one from ``zero.models.load()`` among them; it stays the object you call, and its
+            parameters stay the same objects.
         optimizer: any elementwise ``torch.optim`` optimizer over the model's parameters.
         criterion: kept as ``engine.criterion``.
         train_dataloader: returned ready to iterate; the engine learns from it when an epoch ends.
@@ -58,6 +60,7 @@ def initialize(
     if not isinstance(model, nn.Module):
         raise UserError(f"model: a torch.nn.Module is needed, {type(model).__name__} was given")
     kernel = choose_kernel(resolved, optimizer)
+    take_back(model)
     world = join_ranks(resolved)
     device = device or make_device(resolved)
     # A copy without memory, from which a refusal can tell how large a device would be large enough.

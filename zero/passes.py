@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,11 +18,16 @@ from gemini.timeline import transient_bytes
 from gemini.trace import Trace
 from gemini.units import format_bytes
 
+if TYPE_CHECKING:
+    from zero.dryrun import InferencePass
+
 logger = logging.getLogger("zero")
 
 _SLACK = 256
 """What users hold on to from step to step is rounded up to one part in so many of the capacity: no new plan for each
 byte."""
+_GROWTH = 4
+"""Of what is held between passes without gradients, one part in so many more is planned for: they come by the hundred."""
 _OTHERS_SLACK = 64
 """Likewise what other processes take."""
 
@@ -115,22 +120,20 @@ class PassPlanner:
             needed_bytes += sum(fact.gathered_bytes for fact in self._facts if fact.companion_bytes_per_numel)
         return self._device.model_data_bytes + needed_bytes > self._device.capacity_bytes
 
-    def expect(self, trace: Trace, light: Trace, cache_bytes: int, room_bytes: int) -> None:
-        """Plans before the first pass, from dry runs.
+    def expect(self, found: InferencePass, room_bytes: int) -> None:
+        """Plans before the first pass.
 
         Args:
-            trace: of the largest pass there will be.
-            light: see :attr:`light`.
-            cache_bytes: that this pass makes and that stay, so that its moments have them already.
+            found: by a dry run of the largest pass there will be.
             room_bytes: see :attr:`room_bytes`.
 
         Raises:
             gemini.plan.DoesNotFitError: there is no plan that leaves the room.
         """
-        self._manager.trace, self.light, self.room_bytes = trace, light, room_bytes
-        self._traced_held_bytes, self._planned_held_bytes = min(cache_bytes, room_bytes), room_bytes
-        raised = _with_more(trace, room_bytes - self._traced_held_bytes).with_work_of(light)
+        raised = _with_more(found.trace, room_bytes).with_work_of(found.light)
         plan = self._policy.decide(self._facts, raised, self._device.capacity_bytes - self._taken_bytes)
+        self._manager.trace, self.light = found.trace, found.light
+        self.room_bytes = self._planned_held_bytes = room_bytes
         self.needs_plan, self._was_planned = False, True
         self._manager.apply(plan)
 
@@ -154,22 +157,17 @@ class PassPlanner:
 
     def forward_ends(self) -> None:
         """The outermost module has returned."""
-        is_first = self._manager.trace is None
         self.needs_plan |= self._manager.end_forward_pass()
-        if self._manager.only_infers:
-            self._note_held(is_first)
-
-    def _note_held(self, is_first: bool) -> None:
-        self._traced_held_bytes = self._held_bytes if is_first else max(self._traced_held_bytes, self._held_bytes)
 
     def backward_ends(self) -> None:
         """A training pass was recorded whole."""
-        is_first = self._manager.trace is None
+        if self._manager.trace is None:
+            self._traced_held_bytes = self._held_bytes
         self.needs_plan |= self._manager.end_backward()
         if self._manager.trace is not None:
             self._manager.trace.step_peak_bytes = max(self._manager.trace.step_peak_bytes, self.step_bytes)
             self._manager.trace.streamed_piece_numel = self.streamed_piece_numel
-        self._note_held(is_first)
+        self._traced_held_bytes = max(self._traced_held_bytes, self._held_bytes)
 
     def refusal(self, error: torch.OutOfMemoryError, trace: Trace | None) -> Exception:
         """An out-of-memory error of a pass as a table of who needs what.
@@ -221,11 +219,7 @@ class PassPlanner:
         trace = self._manager.trace
         if trace is None:
             return
-        more_bytes = max(0, self._held_bytes - self._traced_held_bytes)
-        if self.room_bytes >= self._held_bytes:
-            more_bytes = max(0, self.room_bytes - self._traced_held_bytes)
-        elif more_bytes:
-            more_bytes += self._device.capacity_bytes // _SLACK
+        more_bytes = self._more_bytes()
         margin_bytes = more_bytes + self._margin_bytes
         self._planned_margin_bytes = self._margin_bytes
         self._planned_held_bytes = self._traced_held_bytes + more_bytes
@@ -249,6 +243,17 @@ class PassPlanner:
             )
         self._was_planned = True
         self._manager.apply(plan)
+
+    def _more_bytes(self) -> int:
+        """That will be held beside what the trace has."""
+        if self._held_bytes <= self.room_bytes:
+            return self.room_bytes
+        more_bytes = max(0, self._held_bytes - self._traced_held_bytes)
+        if more_bytes:
+            more_bytes += self._device.capacity_bytes // _SLACK
+        if self._manager.only_infers:  # keys and values grow with every pass
+            more_bytes += more_bytes // _GROWTH
+        return more_bytes
 
     def _as_it_ran(self) -> Plan:
         """The plan that needs least; of a policy with fixed placements the one there is, without reserves."""

@@ -294,6 +294,30 @@ class Reading:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def remember(model: nn.Module) -> dict[str, Stored]:
+    """Where the values of all parameters lie, by name, for :func:`restore`; empty if those of some are in memory."""
+    pending = {name: parameter for name, parameter in model.named_parameters() if is_pending(parameter)}
+    if len(pending) < sum(1 for _ in model.parameters()):
+        return {}
+    return {name: parameter._stored for name, parameter in pending.items() if isinstance(parameter, PendingTensor)}
+
+
+def restore(model: nn.Module, stored: dict[str, Stored]) -> None:
+    """Makes parameters pending again that have no values any more; each stays the object it is.
+
+    Args:
+        model: that :func:`remember` was asked about.
+        stored: its answer.
+    """
+    for name, where in stored.items():
+        parameter = model.get_parameter(name)
+        with torch._C.DisableTorchFunctionSubclass():
+            parameter.data = PendingTensor.of(where).data
+        parameter.__class__ = PendingTensor  # type: ignore[assignment]
+        parameter.__dict__.update(_stored=where, _is_param=True)
+    guard(model)
+
+
 def guard(model: nn.Module) -> None:
     """Refuses to run or save a model until :func:`release` or until none of its parameters is pending."""
     model.register_forward_pre_hook(_refuse_forward, prepend=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,12 @@ def build_tokenizer(config: Config) -> Any:
     key = "model.tokenizer" if config.model.tokenizer else "model.name_or_path"
     _require_model_folder(key, source)
     with _explained(key, source):
-        _require_tokenizer_files(source)
+        folder, options = _files_of(source)
+        if not options:
+            _require_tokenizer_files(source)
         tokenizer = AutoTokenizer.from_pretrained(
-            source,
+            folder,
+            **options,
             revision=_revision(config, source),
             trust_remote_code=config.model.trust_remote_code,
             **_network(source),
@@ -62,8 +66,10 @@ def model_config(config: Config, tokenizer: Any = None) -> Any:
         name = _name(config)
         _require_model_folder("model.name_or_path", name)
         with _explained("model.name_or_path", name):
+            folder, options = _files_of(name)
             return AutoConfig.from_pretrained(
-                name,
+                folder,
+                **options,
                 revision=config.model.revision,
                 trust_remote_code=config.model.trust_remote_code,
                 **_network(name),
@@ -99,13 +105,38 @@ def build_model(config: Config, tokenizer: Any = None) -> nn.Module:
         name = _name(config)
         options |= _network(name)
         with _explained("model.name_or_path", name), ZeroInitContext():
+            folder, files = _files_of(name)
+            if files:
+                options |= files | {"quantization_config": _unpacked()}
             # "main" and not None: only then does transformers look for the safetensors copy that the Hub's bot makes
             # of a model whose main branch holds pickles (facebook/opt-* are such models).
             model, info = AutoModelForCausalLM.from_pretrained(
-                name, revision=section.revision or "main", output_loading_info=True, **options
+                folder, revision=section.revision or "main", output_loading_info=True, **options
             )
         _require_whole(name, info)
     return dress(model, config)
+
+
+def _files_of(name: str) -> tuple[str, dict[str, Any]]:
+    """What transformers is to load for a name or a path, and its options: a GGUF file holds all in one.
+
+    Raises:
+        UserError: it is such a file, and the package that reads it is missing.
+    """
+    path = Path(name)
+    if path.suffix != ".gguf" or not path.is_file():
+        return name, {}
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{name} is a GGUF file, which needs the package gguf: pip install gguf")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _unpacked() -> Any:
+    """The values of a GGUF file as ordinary weights: packed ones cannot be trained, nor cut into chunks."""
+    import transformers
+
+    kind = getattr(transformers, "GgufConfig", None)  # older versions unpack without being asked
+    return None if kind is None else kind(dequantize=True)
 
 
 def _require_whole(name: str, info: Any) -> None:
