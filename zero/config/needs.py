@@ -32,7 +32,7 @@ def missing_model(model: ModelSection) -> list[Need]:
         text = "model.config is given as well; keep the one to be trained"
         problems.append(Need(both, f'model.name_or_path = "{model.name_or_path}": {text}'))
     for key, value in (("name_or_path", model.name_or_path), ("tokenizer", model.tokenizer)):
-        if value is not None and _is_local(value) and not os.path.isdir(os.path.expanduser(value)):
+        if value is not None and _is_local(value) and not _holds_model(os.path.expanduser(value)):
             problems.append(_not_there(f"model.{key}", value, "folder"))
     return problems
 
@@ -54,6 +54,10 @@ def _is_local(text: str) -> bool:
     """Whether a text can only be meant as a path; `a/b` may be a Hub name and is left alone."""
     deep = text.count("/") > 1 and "://" not in text
     return deep or text.startswith(("/", "./", "../", "~", ".\\")) or text in (".", "..")
+
+
+def _holds_model(path: str) -> bool:
+    return os.path.isdir(path) or (path.endswith(".gguf") and os.path.isfile(path))
 
 
 def _is_data_path(text: str) -> bool:

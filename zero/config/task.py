@@ -82,7 +82,7 @@ class ModelSection(Section):
     """The model that `zero train` builds. Your own loop builds its own and leaves this table out."""
 
     name_or_path: Text | None = None
-    """A model on the Hugging Face Hub, or a folder with one."""
+    """A model on the Hugging Face Hub, a published OPT by its short name such as "opt-125m", a folder, or a GGUF file."""
 
     config: Annotated[dict[str, Any] | None, BeforeValidator(_plain_table), Allowed("a table with model_type")] = None
     """A transformers config given here, with `model_type`; the weights start at random. Instead of name_or_path."""

