@@ -445,7 +445,9 @@ class Manager:
             self._gathered.give_way()
             return
         self.recorder.close()
-        self.recorder.begin_moment(label, phase)
+        # Several forwards that go through a unit one after the other, without a backward, have one moment there.
+        if not (self.only_infers and self.recorder.is_at(label, phase)):
+            self.recorder.begin_moment(label, phase)
         self._gathered.give_way()
         for chunk in self._gathered:
             if chunk.in_use:

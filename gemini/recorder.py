@@ -81,6 +81,11 @@ class Recorder:
         self._refused = False
         self._device.reset_peaks()
 
+    def is_at(self, label: str, phase: str) -> bool:
+        """Whether the running moment is of this name."""
+        moments = self._recording.moments
+        return bool(moments) and moments[-1].key == (phase, label)
+
     def _locate(self, phase: str, label: str) -> int:
         """The trace's position of this moment: the next one, or the nearest later one of the same name."""
         if self.trace is None:

@@ -154,27 +154,51 @@ def walk_evaluation(engine: Engine, batch: dict[str, torch.Tensor], held_bytes: 
 
 
 @dataclass(frozen=True)
-class InferencePass:
-    """What a dry run found of a pass without gradients.
+class Generation:
+    """The largest passes that there will be.
 
     Attributes:
-        rows: sequences.
-        tokens: of each.
-        trace: of it.
-        light: of one token for each row.
+        rows: sequences at a time.
+        tokens: of each, in all.
+        prefills: rows and tokens of passes that begin sequences; by default all of them at once.
+    """
+
+    rows: int = 1
+    tokens: int = 1
+    prefills: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def first_passes(self) -> tuple[tuple[int, int], ...]:
+        """:attr:`prefills`, or what stands for them."""
+        return self.prefills or ((self.rows, self.tokens),)
+
+    @property
+    def halved(self) -> Generation:
+        """The same with half the tokens."""
+        most = max(1, self.tokens // 2)
+        return Generation(self.rows, most, tuple((rows, min(tokens, most)) for rows, tokens in self.prefills))
+
+
+@dataclass(frozen=True)
+class InferenceNeeds:
+    """What a dry run found of them.
+
+    Attributes:
+        asked: the passes.
+        trace: of all of them, each moment's highest.
+        light: of the last token of each row, which reads all that is cached.
         cache_bytes_per_token: of keys and values.
     """
 
-    rows: int
-    tokens: int
+    asked: Generation
     trace: Trace
     light: Trace
     cache_bytes_per_token: int
 
     @property
     def cache_bytes(self) -> int:
-        """That the pass makes."""
-        return self.rows * self.tokens * self.cache_bytes_per_token
+        """Of all rows at the end."""
+        return self.asked.rows * self.asked.tokens * self.cache_bytes_per_token
 
 
 class InferenceWalk:
@@ -192,26 +216,45 @@ class InferenceWalk:
         self._model = model
         self._engine = Engine(model, None, None, offloaded, DryDevice(), None, arena=DryArena, only_infers=True)
 
-    def walk(self, rows: int, tokens: int) -> InferencePass:
-        """One pass that fills a cache, and one of a token for each row.
+    def walk(self, asked: Generation) -> InferenceNeeds:
+        """The first passes, and the last.
 
         Raises:
             CannotWalkError: the model failed.
         """
-        trace, cache_bytes = self._pass(rows, tokens)
-        light, _ = self._pass(rows, 1)
+        light, cache_bytes = self._last_pass(asked)
         for moment in light.moments:  # products of single tokens wait for the weights, which therefore count as traffic
             moment.traffic_bytes += sum(self._engine.facts[chunk].gathered_bytes for chunk in moment.reads)
-        return InferencePass(rows, tokens, trace, light, -(-cache_bytes // (rows * tokens)))
+        (rows, tokens), *others = asked.first_passes
+        trace, _ = self._pass(rows, tokens)
+        for rows, tokens in others:
+            trace.absorb(self._pass(rows, tokens)[0])
+        trace.absorb(light)
+        num_cached = asked.rows * max(1, asked.tokens - 1)
+        return InferenceNeeds(asked, trace, light, -(-cache_bytes // num_cached))
 
-    def _pass(self, rows: int, tokens: int) -> tuple[Trace, int]:
+    def _last_pass(self, asked: Generation) -> tuple[Trace, int]:
+        """And the bytes of the cache before it."""
+        _, output = self._pass(asked.rows, max(1, asked.tokens - 1))
+        cache = getattr(output, "past_key_values", None)
+        cache_bytes = cache_bytes_of(output)
+        del output
+        if asked.tokens < 2 or not cache_bytes:
+            return self._pass(asked.rows, 1)[0], cache_bytes
+        return self._pass(asked.rows, 1, cache, asked.tokens)[0], cache_bytes
+
+    def _pass(self, rows: int, tokens: int, cache: Any = None, num_seen: int = 0) -> tuple[Trace, Any]:
+        """One forward, and what it returned; with a cache the mask is of all ``num_seen`` tokens."""
         self._engine.manager.trace = None
+        inputs = inference_inputs(self._model, torch.ones((rows, tokens), dtype=torch.long))
+        if cache is not None:
+            inputs |= {"past_key_values": cache, "attention_mask": torch.ones((rows, num_seen), dtype=torch.long)}
         with models_own_code():
-            output = self._model(**inference_inputs(self._model, torch.ones((rows, tokens), dtype=torch.long)))
+            output = self._model(**inputs)
         trace = self._engine.manager.trace
         if trace is None:
             raise RuntimeError("the dry run recorded nothing")
-        return trace, cache_bytes_of(output)
+        return trace, output
 
 
 def inference_inputs(model: nn.Module, tokens: torch.Tensor) -> dict[str, Any]:
@@ -267,17 +310,17 @@ class Blueprint:
             logger.debug("the blueprint cannot be walked through: %s", error)
             return None
 
-    def inference(self, config: Config, shapes: Iterable[tuple[int, int]]) -> Iterator[InferencePass]:
-        """Passes of so many rows and tokens, one after the other as they are asked for; none where it cannot be told."""
+    def inference(self, config: Config, wishes: Iterable[Generation]) -> Iterator[InferenceNeeds]:
+        """What generation needs, one wish after the other as they are asked for; none where it cannot be told."""
         model, self._model = self._model, None
         if model is None:
             return
         try:
             with self._mode:
                 walk = InferenceWalk(model, config)
-            for rows, tokens in shapes:
+            for asked in wishes:
                 with self._mode:
-                    found = walk.walk(rows, tokens)
+                    found = walk.walk(asked)
                 yield found
         except CannotWalkError as error:  # plans are then made from passes
             logger.debug("the blueprint cannot be walked through: %s", error)

@@ -220,7 +220,9 @@ class ModelHooks:
         self._callback_queued = False  # a backward pass that failed never told us of its end
         self._outer_error = sys.exc_info()[1]
         with _ordinary_tensors():
-            self._planner.pass_begins(training, _largest_shape((args, kwargs)), self.graph_pending)
+            tokens = kwargs.get("input_ids") if self._manager.only_infers else None  # a mask grows with what is cached
+            shape = _largest_shape((args, kwargs) if tokens is None else tokens)
+            self._planner.pass_begins(training, shape, self.graph_pending)
         self._pass_context = device.activity()
         self._pass_context.__enter__()
         if self._head is not None:

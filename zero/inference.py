@@ -13,7 +13,7 @@ from gemini.device import Device
 from gemini.plan import DoesNotFitError, disk_bytes, host_bytes
 from gemini.units import format_bytes
 from zero.config.schema import Config
-from zero.dryrun import Blueprint, InferencePass
+from zero.dryrun import Blueprint, Generation, InferenceNeeds
 from zero.engine import Engine
 from zero.probing import has_rates
 from zero.ranks import join_ranks, make_exchange
@@ -74,36 +74,13 @@ class Outlook:
         return ", held back by the disk" if self.disk_s > self.link_s else ", held back by the link to the device"
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What passes will be like.
-
-    Attributes:
-        rows: sequences of the largest pass.
-        tokens: of each.
-        fewer: fewer tokens will do where so many do not fit.
-        cached_tokens: positions of all rows together whose keys and values stay on the device; by default those of the
-            largest pass.
-    """
-
-    rows: int = 1
-    tokens: int = 1
-    fewer: bool = False
-    cached_tokens: int | None = None
-
-    @property
-    def shapes(self) -> Iterator[tuple[int, int]]:
-        """To be tried, the largest first."""
-        tokens = self.tokens
-        while True:
-            yield self.rows, tokens
-            if not self.fewer or tokens == 1:
-                return
-            tokens //= 2
-
-
 def make_inference_engine(
-    model: nn.Module, config: Config, device: Device | None = None, expected: Expected | None = None
+    model: nn.Module,
+    config: Config,
+    device: Device | None = None,
+    expected: Generation | None = None,
+    fewer: bool = False,
+    cache_bytes: int | None = None,
 ) -> tuple[Engine, Outlook]:
     """Takes a model over for passes without gradients.
 
@@ -111,7 +88,9 @@ def make_inference_engine(
         model: any ``torch.nn.Module``; what its parameters say about gradients stays as it is.
         config: of the run.
         device: one made already; by default the one that ``[device]`` names.
-        expected: what passes will be like.
+        expected: the largest passes there will be.
+        fewer: fewer tokens will do where so many do not fit.
+        cache_bytes: of keys and values that will lie on the device; by default those of all that is expected.
 
     Raises:
         gemini.plan.DoesNotFitError: not even with one unit at a time on the device, or not with that cache beside.
@@ -122,26 +101,26 @@ def make_inference_engine(
     exchange = make_exchange(config, world)
     engine = Engine(model, None, None, config, device, None, exchange=exchange, only_infers=True)
     try:
-        return engine, _prepare(engine, blueprint, expected or Expected())
+        return engine, _prepare(engine, blueprint, expected or Generation(), fewer, cache_bytes)
     except BaseException:
         engine.close()
         raise
 
 
-def _prepare(engine: Engine, blueprint: Blueprint, expected: Expected) -> Outlook:
+def _prepare(
+    engine: Engine, blueprint: Blueprint, expected: Generation, fewer: bool, cache_bytes: int | None
+) -> Outlook:
     refusal: DoesNotFitError | None = None
-    for found in blueprint.inference(engine.config, expected.shapes):
-        room_bytes = found.cache_bytes
-        if expected.cached_tokens is not None:
-            room_bytes = expected.cached_tokens * found.cache_bytes_per_token
+    for found in blueprint.inference(engine.config, _wishes(expected, fewer)):
+        room_bytes = found.cache_bytes if cache_bytes is None else cache_bytes
         try:
             engine._planner.expect(found, 0 if engine.device.is_host else room_bytes)
         except DoesNotFitError as error:
             refusal = refusal or error
             continue
-        if found.tokens < expected.tokens:
+        if found.asked.tokens < expected.tokens:
             logger.warning(
-                "passes of %d tokens may not fit on the device; planned for %d", expected.tokens, found.tokens
+                "%d tokens a row may not fit on the device; planned for %d", expected.tokens, found.asked.tokens
             )
         return _outlook(engine, found, room_bytes)
     if refusal is not None:
@@ -150,7 +129,15 @@ def _prepare(engine: Engine, blueprint: Blueprint, expected: Expected) -> Outloo
     return _outlook(engine, None, 0)
 
 
-def _outlook(engine: Engine, found: InferencePass | None, room_bytes: int) -> Outlook:
+def _wishes(expected: Generation, fewer: bool) -> Iterator[Generation]:
+    """To be tried, the largest first."""
+    yield expected
+    while fewer and expected.tokens > 1:
+        expected = expected.halved
+        yield expected
+
+
+def _outlook(engine: Engine, found: InferenceNeeds | None, room_bytes: int) -> Outlook:
     plan, facts = engine.plan, engine.facts
     is_timed = found is not None and has_rates(engine.config, engine.device)
     return Outlook(
@@ -161,7 +148,7 @@ def _outlook(engine: Engine, found: InferencePass | None, room_bytes: int) -> Ou
         0 if found is None else found.cache_bytes_per_token,
         room_bytes,
         plan.predicted_step_s if is_timed else 0.0,
-        1 if found is None else found.rows,
+        1 if found is None else found.asked.rows,
         plan.predicted_busy_s.get(IN, 0.0),
         plan.predicted_busy_s.get(DISK, 0.0),
     )

@@ -19,7 +19,7 @@ from gemini.trace import Trace
 from gemini.units import format_bytes
 
 if TYPE_CHECKING:
-    from zero.dryrun import InferencePass
+    from zero.dryrun import InferenceNeeds
 
 logger = logging.getLogger("zero")
 
@@ -120,11 +120,11 @@ class PassPlanner:
             needed_bytes += sum(fact.gathered_bytes for fact in self._facts if fact.companion_bytes_per_numel)
         return self._device.model_data_bytes + needed_bytes > self._device.capacity_bytes
 
-    def expect(self, found: InferencePass, room_bytes: int) -> None:
+    def expect(self, found: InferenceNeeds, room_bytes: int) -> None:
         """Plans before the first pass.
 
         Args:
-            found: by a dry run of the largest pass there will be.
+            found: by a dry run of the largest passes there will be.
             room_bytes: see :attr:`room_bytes`.
 
         Raises:

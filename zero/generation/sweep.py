@@ -184,7 +184,7 @@ class Sweep:
         self._let_go()
         self.hooks._in_window = False
         if failure is None:
-            self._manager.end_forward_pass()
+            self.hooks._planner.forward_ends()
             return
         if isinstance(failure, torch.OutOfMemoryError):
             self.hooks._planner.ran_out()

@@ -13,9 +13,10 @@ from torch import nn
 from gemini.device import Device
 from zero.config.loading import load_config
 from zero.config.schema import Config
+from zero.dryrun import Generation
 from zero.engine import Engine
 from zero.errors import UserError
-from zero.inference import Expected, Outlook, make_inference_engine
+from zero.inference import Outlook, make_inference_engine
 from zero.launcher import current_config
 from zero.models.build import build_model, build_tokenizer, max_positions
 from zero.pending import remember, restore
@@ -104,7 +105,7 @@ def load(
     positions = min(max_positions(model.config) or _MOST_TOKENS, tokens or _MOST_TOKENS)
     stored = remember(model)
     made = device if isinstance(device, Device) else None
-    engine, outlook = make_inference_engine(model, resolved, made, Expected(rows, positions, fewer=tokens is None))
+    engine, outlook = make_inference_engine(model, resolved, made, Generation(rows, positions), tokens is None)
     setattr(model, _ATTRIBUTE, Loaded(engine, outlook, stored))
     logger.info("%s: %s", name, outlook.text)
     return model, tokenizer
