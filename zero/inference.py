@@ -90,7 +90,8 @@ def make_inference_engine(
         device: one made already; by default the one that ``[device]`` names.
         expected: the largest passes there will be.
         fewer: fewer tokens will do where so many do not fit.
-        cache_bytes: of keys and values that will lie on the device; by default those of all that is expected.
+        cache_bytes: of keys and values that will lie on the device, less where tokens are; by default those of all that
+            is expected.
 
     Raises:
         gemini.plan.DoesNotFitError: not even with one unit at a time on the device, or not with that cache beside.
@@ -112,7 +113,9 @@ def _prepare(
 ) -> Outlook:
     refusal: DoesNotFitError | None = None
     for found in blueprint.inference(engine.config, _wishes(expected, fewer)):
-        room_bytes = found.cache_bytes if cache_bytes is None else cache_bytes
+        room_bytes = found.cache_bytes
+        if cache_bytes is not None:
+            room_bytes = cache_bytes * found.asked.tokens // expected.tokens
         try:
             engine._planner.expect(found, 0 if engine.device.is_host else room_bytes)
         except DoesNotFitError as error:

@@ -21,8 +21,8 @@ from zero.evaluation.dialogue import DialogueResult, evaluate_dialogues, read_di
 from zero.evaluation.perplexity import PerplexityResult, Text, check_window, text_perplexity
 from zero.evaluation.scoring import Scorer
 from zero.evaluation.tasks import TasksResult, TaskWish, check_tasks, run_tasks, task_names
-from zero.initializer import initialize
-from zero.models.build import build_model, build_tokenizer, max_positions, model_config
+from zero.inference import make_inference_engine
+from zero.models.build import build_model, build_tokenizer, in_stored_dtype, max_positions, model_config
 from zero.report.codecarbon import check_codecarbon
 from zero.report.energy import EnergyMeter, cost_of
 from zero.report.metrics import jsonable
@@ -125,9 +125,9 @@ class _Evaluation:
 
     def _evaluate(self, device: Device) -> tuple[list[Row], dict[str, Any]]:
         model: Any = build_model(self._config, self._tokenizer)
-        model.requires_grad_(False)
         model.eval()
-        engine, *_ = initialize(model, config=self._config, device=device)
+        config = in_stored_dtype(self._config, model, device)
+        engine, _ = make_inference_engine(model, config, device)  # the first batch shows what passes need
         found: dict[str, Any] = {"model": self._config.model.name_or_path, "size": self._size}
         rows: list[Row] = []
         try:

@@ -11,10 +11,9 @@ from typing import Any
 from zero.cli.prompts import Prompt, open_output, read_prompts, run_prompts
 from zero.config.schema import Config
 from zero.errors import UserError
-from zero.generation import Generator, Piece, Sampling
+from zero.generation import Generator, Piece, Sampling, open_generator
 from zero.generation.sampling import LEAST_TEMPERATURE, MOST_SEED, MOST_TEMPERATURE
-from zero.initializer import initialize
-from zero.models.build import build_model, build_tokenizer, max_positions, model_config
+from zero.models.build import build_tokenizer, max_positions, model_config
 
 logger = logging.getLogger("zero")
 
@@ -37,23 +36,17 @@ def generate_texts(config: Config, arguments: argparse.Namespace) -> int:
     num_positions = max_positions(model_config(config))
     if given is None:
         prompt = _one_prompt(arguments, tokenizer, num_positions)
-        generator = _generator(config, tokenizer)
+        generator, _, outlook = open_generator(config, tokenizer=tokenizer)
+        logger.info("%s", outlook.text)
         _continue(generator, prompt, tokenizer)
         failed = False
     else:
         with open_output(arguments.out) as output:
-            generator = _generator(config, tokenizer)
+            generator, _, outlook = open_generator(config, tokenizer=tokenizer)
+            logger.info("%s", outlook.text)
             failed = run_prompts(generator, given, output) > 0
     generator.engine.close(keep_values=False)
     return EXIT_FAILED if failed else 0
-
-
-def _generator(config: Config, tokenizer: Any) -> Generator:
-    model: Any = build_model(config, tokenizer)
-    model.requires_grad_(False)
-    model.eval()
-    engine, *_ = initialize(model, config=config)
-    return Generator(engine, tokenizer)
 
 
 def _continue(generator: Generator, prompt: Prompt, tokenizer: Any) -> None:

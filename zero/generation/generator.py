@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemini.device import Device
 from gemini.hostinfo import host_memory
 from gemini.units import format_bytes
 from zero.errors import UserError
@@ -63,7 +64,7 @@ class Generator:
 
     def __init__(self, engine: Engine, tokenizer: Any, limits: Limits = Limits()) -> None:  # noqa: B008
         facts = facts_of(engine.module, tokenizer)
-        self.limits = _resolved(limits, facts, engine)
+        self.limits = resolved_limits(limits, facts, engine.device)
         self.engine = engine
         self._facts = facts
         self._account = CacheAccount(engine.device, self.limits.max_cache_bytes or 0, limits.cache_on_host)
@@ -273,8 +274,17 @@ class Generator:
         )
 
 
-def _resolved(limits: Limits, facts: ModelFacts, engine: Engine) -> Limits:
-    """Limits with what was left open filled in."""
+def resolved_limits(limits: Limits, facts: ModelFacts, device: Device) -> Limits:
+    """Limits with what was left open filled in.
+
+    Args:
+        limits: as they were given.
+        facts: of the model.
+        device: that it runs on.
+
+    Raises:
+        UserError: the model does not read so many tokens.
+    """
     max_tokens = limits.max_tokens
     if facts.max_positions is not None and max_tokens is not None and max_tokens > facts.max_positions:
         raise UserError(f"limits.max_tokens = {max_tokens}: the model reads at most {facts.max_positions}")
@@ -282,8 +292,8 @@ def _resolved(limits: Limits, facts: ModelFacts, engine: Engine) -> Limits:
         max_tokens = facts.max_positions or _UNLIMITED
     max_cache_bytes = limits.max_cache_bytes
     if max_cache_bytes is None:
-        is_host = limits.cache_on_host or engine.device.is_host
-        room_bytes = host_memory().available_bytes if is_host else engine.device.capacity_bytes
+        is_host = limits.cache_on_host or device.is_host
+        room_bytes = host_memory().available_bytes if is_host else device.capacity_bytes
         # A fourth part, or what the longest text alone needs, with a tensor that is being made anew.
         row_bytes = rounded(max_tokens) * facts.position_bytes * 5 // 4
         max_cache_bytes = max(1, min(room_bytes // 2, max(room_bytes // 4, row_bytes)))

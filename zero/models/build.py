@@ -8,8 +8,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from gemini.device import Device
+from zero.config.loading import load_config
 from zero.config.schema import Config
 from zero.data.hub import hub_has_address
 from zero.data.tokenizer import builtin_tokenizer
@@ -19,6 +22,7 @@ from zero.models.sizes import find_size
 logger = logging.getLogger("zero")
 
 BUILTIN = "builtin"
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 _TOKENIZER_NAMES = ("tokeniz", "vocab", "merges", "spiece", "sentencepiece", "bpe", "sentence.bpe", "source", "dict")
 """How the names of tokenizers' files begin, code of their own among them."""
@@ -89,7 +93,6 @@ def build_model(config: Config, tokenizer: Any = None) -> nn.Module:
     A model with random weights is built under ``train.seed``; one from a folder or the Hub is streamed from its
     safetensors files into the engine's chunks later.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     section = config.model
@@ -235,6 +238,17 @@ def _with_adapters(model: Any, config: Config) -> Any:
         return get_peft_model(model, options)
     except ValueError as error:
         raise UserError(f"model.lora: {error}") from error
+
+
+def in_stored_dtype(config: Config, model: Any, device: Device) -> Config:
+    """The config with the dtype that a model's weights are stored in, for passes without gradients, unless it says one.
+
+    fp16 becomes fp32 on the host, whose cores have no products in fp16.
+    """
+    if config.is_set("precision.dtype"):
+        return config
+    stored = _DTYPE_NAMES.get(model.dtype, "fp32")
+    return load_config(config, {"precision": {"dtype": "fp32" if device.is_host and stored == "fp16" else stored}})
 
 
 def max_positions(config: Any) -> int | None:

@@ -18,9 +18,9 @@ from zero.engine import Engine
 from zero.errors import UserError
 from zero.inference import Outlook, make_inference_engine
 from zero.launcher import current_config
-from zero.models.build import build_model, build_tokenizer, max_positions
+from zero.models.build import build_model, build_tokenizer, in_stored_dtype, max_positions
 from zero.pending import remember, restore
-from zero.setup import DTYPES
+from zero.setup import DTYPES, make_device
 
 logger = logging.getLogger("zero")
 
@@ -100,11 +100,10 @@ def load(
     tokenizer.padding_side = "left"
     model: Any = build_model(resolved, tokenizer)
     model.eval()
-    if dtype is None and not resolved.is_set("precision.dtype"):
-        resolved = load_config(resolved, {"precision": {"dtype": _NAMES.get(model.dtype, "fp32")}})
+    made = device if isinstance(device, Device) else make_device(resolved)
+    resolved = in_stored_dtype(resolved, model, made)
     positions = min(max_positions(model.config) or _MOST_TOKENS, tokens or _MOST_TOKENS)
     stored = remember(model)
-    made = device if isinstance(device, Device) else None
     engine, outlook = make_inference_engine(model, resolved, made, Generation(rows, positions), tokens is None)
     setattr(model, _ATTRIBUTE, Loaded(engine, outlook, stored))
     logger.info("%s: %s", name, outlook.text)

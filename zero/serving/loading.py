@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gemini.units import format_bytes
 from zero.config.schema import Config
-from zero.generation import Generator, Limits
-from zero.initializer import initialize
-from zero.models.build import build_model, build_tokenizer
+from zero.generation import Limits, open_generator
+from zero.inference import Outlook
 from zero.serving.worker import Loaded, Memory
 
 if TYPE_CHECKING:
@@ -23,20 +21,16 @@ def load(config: Config, limits: Limits) -> Loaded:
         UserError: model or tokenizer cannot be had.
         gemini.plan.DoesNotFitError: it does not fit.
     """
-    tokenizer = build_tokenizer(config)
-    model: Any = build_model(config, tokenizer)
-    model.requires_grad_(False)
-    model.eval()
-    engine, *_ = initialize(model, config=config)
-    generator = Generator(engine, tokenizer, limits)
+    generator, tokenizer, outlook = open_generator(config, limits)
+    engine = generator.engine
 
     def close() -> None:
         generator.close()
-        engine.close()
+        engine.close(keep_values=False)
 
     # A copy for chat templates and echoes: a tokenizer is not to be used by two threads at a time.
     own = copy.deepcopy(tokenizer)
-    return Loaded(generator, own, lambda: memory_of(engine), close, plan_line(engine, generator.limits))
+    return Loaded(generator, own, lambda: memory_of(engine), close, plan_line(outlook, generator.limits))
 
 
 def memory_of(engine: Engine) -> Memory:
@@ -51,16 +45,7 @@ def memory_of(engine: Engine) -> Memory:
     )
 
 
-def plan_line(engine: Engine, limits: Limits) -> str:
+def plan_line(outlook: Outlook, limits: Limits) -> str:
     """The memory plan in one line."""
-    memory = memory_of(engine)
-    parts = [
-        f"device {format_bytes(memory.device_capacity_bytes)}" if memory.device_capacity_bytes else "no device cap"
-    ]
-    parts.append(f"model {format_bytes(memory.model_device_bytes)} on the device")
-    if memory.model_host_bytes:
-        parts.append(f"{format_bytes(memory.model_host_bytes)} on the host")
-    if memory.model_disk_bytes:
-        parts.append(f"{format_bytes(memory.model_disk_bytes)} on disk")
     tokens = "any number of" if limits.max_tokens is None else f"{limits.max_tokens}"
-    return f"{', '.join(parts)}; {limits.max_rows} rows of {tokens} tokens"
+    return f"model {outlook.text}; {limits.max_rows} rows of {tokens} tokens"
