@@ -13,7 +13,10 @@ from torch import nn
 
 import zero
 from tests.engine_models import MODELS, VOCAB
+from zero.config.loading import load_config
+from zero.dryrun import Generation
 from zero.generation import Generator, Job, Limits, Sampling
+from zero.inference import make_inference_engine
 
 KINDS = ("opt-pre-norm", "opt-post-norm", "gpt2", "llama", "mixtral")
 SMALL = {"type": "simulated", "memory": "400KiB"}
@@ -80,10 +83,26 @@ class Scripted(nn.Module):
 
 @contextlib.contextmanager
 def generating(
-    model: nn.Module, device: dict[str, Any] = HOST, tokenizer: Any = None, **limits: Any
+    model: nn.Module,
+    device: dict[str, Any] = HOST,
+    tokenizer: Any = None,
+    planned: Generation | None = None,
+    **limits: Any,
 ) -> Iterator[Generator]:
-    """A generator on an engine of its own; what it leaves behind is checked."""
-    engine, *_ = zero.initialize(model, config={"device": device})
+    """A generator on an engine of its own; what it leaves behind is checked.
+
+    Args:
+        model: that generates.
+        device: as the config names it.
+        tokenizer: one letter a token where there is none.
+        planned: passes that are planned for; None: an engine for training, whose passes without gradients are not.
+        limits: of the generator.
+    """
+    if planned is None:
+        engine, *_ = zero.initialize(model, config={"device": device})
+    else:
+        config, cache_bytes = load_config({"device": device}), limits.get("max_cache_bytes")
+        engine, _ = make_inference_engine(model, config, expected=planned, fewer=True, cache_bytes=cache_bytes)
     generator = Generator(engine, tokenizer or Letters(), Limits(**limits))
     # What a model keeps beside its parameters is counted from the first pass on that looks at it.
     before_bytes = engine.device.memory().non_model_bytes + sum(buffer.nbytes for buffer in model.buffers())

@@ -13,6 +13,7 @@ import zero
 from gemini.plan import DoesNotFitError
 from gemini.units import parse_bytes
 from tests.engine_models import batches, gpt2, llama, opt_post_norm, opt_pre_norm
+from tests.ranks import run_ranks
 from zero.data.tokenizer import builtin_tokenizer
 
 MODELS = {"opt": opt_pre_norm, "opt-350m": opt_post_norm, "gpt2": gpt2, "llama": llama}
@@ -154,6 +155,34 @@ def test_values_on_disk_are_generated_from_and_trained(tmp_path: Path) -> None:
         for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
             assert torch.equal(mine, theirs)
     engine.close()
+
+
+def _generate_in_ranks(folder: Path, memory: str | None) -> tuple[list[int], int, int]:
+    """Each rank its own number of tokens, from a model of which it holds a slice."""
+    torch.set_num_threads(1)
+    device = "cpu" if memory is None else "simulated"
+    config = {"parallel": {"replicate": "1KiB"}}
+    model, _ = zero.models.load(folder, device, memory=memory, tokens=32, rows=2, config=config)
+    kept = zero.models.loaded(model)
+    num_new = 4 + 4 * torch.distributed.get_rank()
+    tokens = model.generate(_ids(model), max_new_tokens=num_new, do_sample=False, pad_token_id=0)
+    kept.engine.meet("the end of generation")
+    kept.engine.check_integrity()
+    held_bytes = kept.outlook.device_bytes + kept.outlook.host_bytes
+    kept.engine.close(keep_values=False)
+    return tokens.tolist(), held_bytes, sum(fact.numel * fact.value_itemsize for fact in kept.engine.facts)
+
+
+@pytest.mark.parametrize("memory", [None, "192KiB"], ids=["host", "tight"])
+def test_ranks_hold_a_slice_each(tmp_path: Path, memory: str | None) -> None:
+    plain: Any = llama().eval()
+    plain.save_pretrained(tmp_path / "model")
+    builtin_tokenizer(512).save_pretrained(tmp_path / "model")
+    wanted = plain.generate(_ids(plain), max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
+    num_bytes = sum(parameter.nbytes for parameter in plain.parameters())
+    for rank, (tokens, held_bytes, own_bytes) in enumerate(run_ranks(_generate_in_ranks, 2, tmp_path / "model", memory)):
+        assert tokens == [row[: 13 + 4 * rank] for row in wanted]
+        assert held_bytes == own_bytes < 0.6 * num_bytes
 
 
 @pytest.mark.full
