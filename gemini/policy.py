@@ -172,6 +172,8 @@ def _advice(facts: list[ChunkFacts], plan: Plan, trace: Trace, capacity_bytes: i
     worst, _ = _worst(facts, plan, trace)
     if worst is not None and worst.phase == EVALUATION:
         advice += ", or a lower train.per_device_eval_batch_size"
+    elif worst is not None and not any(fact.companion_bytes_per_numel for fact in facts):  # nothing is trained
+        advice += ", or fewer rows or tokens at a time"
     elif worst is not None:
         advice += ", or fewer tokens in a micro-batch, or train.gradient_checkpointing = true"
         advice += ', or train.accumulation_order = "batch"' * trace.is_window

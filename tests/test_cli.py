@@ -289,7 +289,10 @@ class TestWords:
         ("words", "fragments"),
         [
             (["trian"], ["trian: no such command", "did you mean train?"]),
-            (["qqqq"], ["qqqq: no such command", "train, plan, validate, run, generate, eval, serve, export, probe, env"]),
+            (
+                ["qqqq"],
+                ["qqqq: no such command", "train, plan, validate, run, generate, eval, serve, export, probe, env"],
+            ),
             ([], ["usage: zero", "first steps"]),
             (["env", "--everything"], ["--everything"]),
             (["export", "somewhere"], ["DIR"]),

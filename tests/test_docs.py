@@ -18,6 +18,7 @@ import torch
 from cli_case import train
 from torch.utils.data import DataLoader
 
+import zero
 from gemini.exchange import ALONE
 from gemini.layout import ParameterSpec, UnitSpec, build_layout
 from gemini.plan import chunk_facts
@@ -211,7 +212,7 @@ class TestReadme:
     def test_the_python_block_runs(
         self, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
     ) -> None:
-        [block] = fenced(README, "python")
+        block, _ = fenced(README, "python")
         assert "facebook/opt-1.3b" in block
         block = block.replace("facebook/opt-1.3b", str(model_folder)).replace("runs/mine", str(tmp_path / "mine"))
         block = block.replace('"configs/opt-1.3b.toml"', f'"{_on_a_simulated_device(tmp_path)}"')
@@ -219,6 +220,17 @@ class TestReadme:
         exec(compile(block, "README.md", "exec"), {"train_dataloader": DataLoader(rows, batch_size=2)})  # type: ignore[arg-type]
         assert "device_peak_bytes" in capsys.readouterr().out
         assert (tmp_path / "mine" / "model.safetensors").exists()
+
+    @pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+    def test_what_loads_a_model_runs(self, page: str, model_folder: Path) -> None:
+        blocks = fenced((ROOT / page).read_text(encoding="utf-8"), "python")
+        [block] = [block for block in blocks if "zero.models.load(" in block]
+        for given, instead in (("opt-6.7b", str(model_folder)), ("cuda", "simulated")):
+            assert f'"{given}"' in block
+            block = block.replace(f'"{given}"', f'"{instead}"')
+        names: dict[str, Any] = {}
+        exec(compile(block, page, "exec"), names)
+        zero.models.loaded(names["model"]).engine.close(keep_values=False)
 
 
 def _on_a_simulated_device(folder: Path) -> Path:

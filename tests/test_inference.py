@@ -18,7 +18,7 @@ from zero.inference import make_inference_engine
 from zero.passes import PassPlanner
 
 EXPECTED = Generation(4, 48, ((1, 48), (4, 24)))
-CAPACITIES = ("160KiB", "192KiB", "256KiB", "400KiB", "1MiB")
+CAPACITIES = ("256KiB", "400KiB", "1MiB")
 
 
 def _simulated(memory: str, **more: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def test_a_pass_fetches_no_more_than_was_said() -> None:
     engine, outlook = make_inference_engine(model_of("llama"), config, expected=Generation(1, 32))
     model: Any = engine.module
     tokens = torch.tensor([prompts(1, longest=1)[0]])
-    assert 0 < outlook.device_bytes
+    assert outlook.device_bytes > 0
     assert outlook.tokens_per_s > 0
     output = None
     for _ in range(16):
@@ -98,11 +98,11 @@ def test_it_fits_or_it_is_refused_before_the_first_pass(memory: str) -> None:
     model: Any = model_of("opt-pre-norm")
     rows, tokens = 3, 40
     config = load_config({"device": _simulated(memory)})
-    try:
-        engine, _ = make_inference_engine(model, config, expected=Generation(rows, tokens))
-    except DoesNotFitError as error:
-        assert "smallest change" in str(error)
+    if memory == "256KiB":
+        with pytest.raises(DoesNotFitError, match="smallest change that would fit.* or fewer rows or tokens at a time"):
+            make_inference_engine(model, config, expected=Generation(rows, tokens))
         return
+    engine, _ = make_inference_engine(model, config, expected=Generation(rows, tokens))
     with patch.object(engine._planner, "offload_everything", side_effect=AssertionError("not as planned")):
         ids = torch.tensor([prompt[:1] * (tokens - 20) for prompt in prompts(rows, longest=1)])
         output = model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=1)

@@ -180,7 +180,9 @@ def test_ranks_hold_a_slice_each(tmp_path: Path, memory: str | None) -> None:
     builtin_tokenizer(512).save_pretrained(tmp_path / "model")
     wanted = plain.generate(_ids(plain), max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
     num_bytes = sum(parameter.nbytes for parameter in plain.parameters())
-    for rank, (tokens, held_bytes, own_bytes) in enumerate(run_ranks(_generate_in_ranks, 2, tmp_path / "model", memory)):
+    for rank, (tokens, held_bytes, own_bytes) in enumerate(
+        run_ranks(_generate_in_ranks, 2, tmp_path / "model", memory)
+    ):
         assert tokens == [row[: 13 + 4 * rank] for row in wanted]
         assert held_bytes == own_bytes < 0.6 * num_bytes
 

@@ -57,6 +57,6 @@ class _Tiny(OPTSize):
 
 
 def test_the_python_block_runs() -> None:
-    [block] = blocks("python")
+    [block] = [block for block in blocks("python") if "OPT_SIZES" in block]
     exec(compile(block, "models.md", "exec"), {})
     assert round(sum(size.fp16_bytes for size in OPT_SIZES.values()) / 1e9) == 588

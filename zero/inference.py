@@ -128,7 +128,9 @@ def _prepare(
         return _outlook(engine, found, room_bytes)
     if refusal is not None:
         raise refusal
-    logger.info("this model cannot be walked through beforehand: its first passes will show what can stay on the device")
+    logger.info(
+        "this model cannot be walked through beforehand: its first passes will show what can stay on the device"
+    )
     return _outlook(engine, None, 0)
 
 

@@ -194,7 +194,9 @@ def take_over(
     dtype = DTYPES[config.precision.dtype]
     units = find_units(model)
     _refuse_what_cannot_be_managed(model, units)
-    layouts = build_layout(_unit_specs(model, units, dtype, only_infers), config.memory.chunk, partial(align_numel, form))
+    layouts = build_layout(
+        _unit_specs(model, units, dtype, only_infers), config.memory.chunk, partial(align_numel, form)
+    )
     codecs = _codecs(layouts, form, config.train.seed)
     parameters = {name: p for unit in units for name, p in unit.parameters}
     state_bytes = 0 if optimizer is None else state_bytes_per_numel(optimizer)
@@ -221,7 +223,9 @@ def take_over(
         manage(tensor.parameter, tensor)  # type: ignore[arg-type]
     _cast_empty(model, tensors, dtype, device)
     _cast_buffers(model, dtype, device)
-    return Managed(Manager(store, transfer, chunks, only_infers), units, tensors, _names(parameters), facts, spare_bytes)
+    return Managed(
+        Manager(store, transfer, chunks, only_infers), units, tensors, _names(parameters), facts, spare_bytes
+    )
 
 
 def _names(parameters: dict[str, nn.Parameter]) -> dict[int, str]:
@@ -293,9 +297,7 @@ def _require_dense_gradients(model: nn.Module) -> None:
             )
 
 
-def _spec(
-    name: str, parameter: nn.Parameter, dtype: torch.dtype, keep_fp32: bool, trainable: bool
-) -> ParameterSpec:
+def _spec(name: str, parameter: nn.Parameter, dtype: torch.dtype, keep_fp32: bool, trainable: bool) -> ParameterSpec:
     if isinstance(parameter, UninitializedParameter):
         raise UserError(
             f"parameter {name} of a lazy module has no shape yet: run the model once before zero.initialize()"
