@@ -10,7 +10,7 @@ import torch
 
 from gemini.plan import DoesNotFitError
 from gemini.units import parse_bytes
-from tests.generation_case import generating, model_of, prompts, settings, tokens_of
+from tests.generation_case import KINDS, generating, model_of, prompts, settings, tokens_of
 from zero.config.loading import load_config
 from zero.dryrun import Generation
 from zero.generation import Sampling
@@ -25,7 +25,10 @@ def _simulated(memory: str, **more: Any) -> dict[str, Any]:
     return {"type": "simulated", "memory": memory, **more}
 
 
-@pytest.mark.parametrize("kind", ["opt-pre-norm", "opt-post-norm", "gpt2", "llama", "mixtral"])
+@pytest.mark.parametrize(
+    "kind",
+    ["opt-post-norm", *(pytest.param(kind, marks=pytest.mark.full) for kind in KINDS if kind != "opt-post-norm")],
+)
 def test_any_device_gives_the_same_tokens_and_holds_what_fits(kind: str) -> None:
     wanted = None
     held = []

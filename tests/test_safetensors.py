@@ -74,7 +74,7 @@ _FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     part_bytes=st.sampled_from([8, 24, 1 << 20]),
     block=st.sampled_from([1, 5, 1 << 15]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_casts_are_those_of_the_whole_tensor(
     stored: torch.dtype,
     through: torch.dtype | None,

@@ -163,7 +163,7 @@ def test_the_program_from_its_start_to_its_end(tmp_path: Path) -> None:
         assert running.ask("/healthz").status == 200
         assert set(running.until_ready()[:-1]) <= {503}
         said = Process.line(running.process.stdout, "http://")
-        assert re.match(r"tiny at http://127\.0\.0\.1:\d+ \(device 64\.?0? ?MiB, .*; 2 rows of 32 tokens\)$", said), (
+        assert re.match(r"tiny at http://127\.0\.0\.1:\d+ \(model .* on the device.*; 2 rows of 32 tokens\)$", said), (
             said
         )
         assert running.ask("/v1/models").status == 401

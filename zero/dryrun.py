@@ -174,9 +174,15 @@ class Generation:
 
     @property
     def halved(self) -> Generation:
-        """The same with half the tokens."""
+        """The same with half the rows, and half the tokens of each."""
         most = max(1, self.tokens // 2)
-        return Generation(self.rows, most, tuple((rows, min(tokens, most)) for rows, tokens in self.prefills))
+        prefills = dict.fromkeys((max(1, rows // 2), min(tokens, most)) for rows, tokens in self.prefills)
+        return Generation(max(1, self.rows // 2), most, tuple(prefills))
+
+    @property
+    def is_least(self) -> bool:
+        """Whether there is nothing to halve."""
+        return max(self.rows, self.tokens, *(length for shape in self.prefills for length in shape)) == 1
 
 
 @dataclass(frozen=True)

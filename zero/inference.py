@@ -89,7 +89,7 @@ def make_inference_engine(
         config: of the run.
         device: one made already; by default the one that ``[device]`` names.
         expected: the largest passes there will be.
-        fewer: fewer tokens will do where so many do not fit.
+        fewer: fewer rows and tokens will do where so many do not fit.
         cache_bytes: of keys and values that will lie on the device, less where tokens are; by default those of all that
             is expected.
 
@@ -121,9 +121,13 @@ def _prepare(
         except DoesNotFitError as error:
             refusal = refusal or error
             continue
-        if found.asked.tokens < expected.tokens:
+        if found.asked != expected:
             logger.warning(
-                "%d tokens a row may not fit on the device; planned for %d", expected.tokens, found.asked.tokens
+                "%d x %d tokens may not fit on the device; planned for %d x %d",
+                expected.rows,
+                expected.tokens,
+                found.asked.rows,
+                found.asked.tokens,
             )
         return _outlook(engine, found, room_bytes)
     if refusal is not None:
@@ -137,7 +141,7 @@ def _prepare(
 def _wishes(expected: Generation, fewer: bool) -> Iterator[Generation]:
     """To be tried, the largest first."""
     yield expected
-    while fewer and expected.tokens > 1:
+    while fewer and not expected.is_least:
         expected = expected.halved
         yield expected
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import Any
 
@@ -51,8 +50,6 @@ def open_generator(
     room_bytes = 0 if limits.cache_on_host else wanted.max_cache_bytes
     expected = _expected(wanted, facts)
     engine, outlook = make_inference_engine(model, config, device, expected, fewer=True, cache_bytes=room_bytes)
-    if 0 < outlook.room_bytes < (room_bytes or 0) and limits.max_cache_bytes is None:
-        wanted = dataclasses.replace(wanted, max_cache_bytes=outlook.room_bytes)
     return Generator(engine, tokenizer, wanted), tokenizer, outlook
 
 
