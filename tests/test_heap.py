@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,6 @@ import torch
 from torch import nn
 
 import zero
-from gemini import heap
 from gemini.arena import HostArena
 from gemini.device import HostDevice
 from gemini.heap import LARGE_BYTES, give_back_free_memory, own_mapping
@@ -24,7 +25,22 @@ MB = 10**6
 glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do without")
 
 
+def in_a_process_of_its_own(test: Callable[[], None]) -> Callable[[], None]:
+    """What other tests have left running, or in the heap, is not in the figures."""
+
+    def alone() -> None:
+        call = f"from tests import test_heap; test_heap.{test.__name__}.here()"
+        root = Path(__file__).parents[1]
+        done = subprocess.run([sys.executable, "-c", call], cwd=root, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    alone.here = test  # type: ignore[attr-defined]
+    alone.__name__ = test.__name__
+    return alone
+
+
 @glibc_only
+@in_a_process_of_its_own
 def test_buffers_that_come_and_go_leave_nothing_behind() -> None:
     device = SimulatedDevice(1 << 30)
     numel = 8 << 20
@@ -46,6 +62,7 @@ def test_buffers_that_come_and_go_leave_nothing_behind() -> None:
 
 
 @glibc_only
+@in_a_process_of_its_own
 def test_a_large_block_inside_own_mapping_goes_when_it_is_freed() -> None:
     with own_mapping(64 * MB):
         blocks = [torch.ones(8 * MB, dtype=torch.uint8) for _ in range(8)]
@@ -70,8 +87,8 @@ def _freed_bytes() -> int:
 
 
 @glibc_only
-def test_where_the_host_is_the_device_computation_leaves_no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap, "_num_tidy", 0)  # an engine of another test may never have been closed
+@in_a_process_of_its_own
+def test_where_the_host_is_the_device_computation_leaves_no_holes() -> None:
     devices = [HostDevice(), HostDevice()]
     for device in devices:
         device.allocate(16, torch.float32)

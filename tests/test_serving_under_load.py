@@ -229,7 +229,7 @@ class TestStates:
     def test_draining_answers_what_runs_and_refuses_what_comes(self) -> None:
         with serving(slow(0.01)) as running, ThreadPoolExecutor(6) as pool:
             waiting = [pool.submit(running.complete, max_tokens=40) for _ in range(5)]
-            until(lambda: running.service.num_calls == 5)
+            until(lambda: (seen := running.generator.statistics).num_rows + seen.num_waiting == 5)
             done = drain(running, 10)
             until(lambda: running.get("/readyz").status == 503)
             assert (running.complete().status, running.complete().error["code"]) == (503, "draining")
