@@ -218,14 +218,20 @@ def take_over(
         chunks = [chunk_of(*about) for about in zip(layouts, facts, codecs, strict=True)]
     release(model)
     give_back_free_memory()
-    tensors = {id(t.parameter): t for chunk in chunks for t in chunk.tensors}
-    for tensor in tensors.values():
-        manage(tensor.parameter, tensor)  # type: ignore[arg-type]
+    tensors = _managed_tensors(chunks)
     _cast_empty(model, tensors, dtype, device)
     _cast_buffers(model, dtype, device)
     return Managed(
         Manager(store, transfer, chunks, only_infers), units, tensors, _names(parameters), facts, spare_bytes
     )
+
+
+def _managed_tensors(chunks: list[Chunk]) -> dict[int, ChunkTensor]:
+    """By ``id`` of the parameter, which is managed from now on."""
+    tensors = {id(tensor.parameter): tensor for chunk in chunks for tensor in chunk.tensors}
+    for tensor in tensors.values():
+        manage(tensor.parameter, tensor)  # type: ignore[arg-type]
+    return tensors
 
 
 def _names(parameters: dict[str, nn.Parameter]) -> dict[int, str]:
