@@ -77,7 +77,8 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(most_logits: int, bi
     want = _run(lambda m, h: m(h), loss, module, hidden, labels)
     got = _run(lambda m, h: _lazy(m, h, most_logits), loss, module, hidden, labels)
     for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+        # Sums in another order round otherwise, and by how much is the processor's.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("no_logits")

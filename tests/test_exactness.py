@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import zero
 from tests import exactness, zoo
 from tests.sampled import sampled
 
@@ -31,6 +32,25 @@ def test_architecture_trains_exactly(model_type: str) -> None:
     assert model_data_bytes + report.non_model_peak_bytes > capacity_bytes
     assert report.num_fetches > 0
     _exact.add(model_type)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_parameters_begin_where_torch_has_tensors_begin(dtype: str) -> None:
+    """Matrix products round differently where a matrix begins elsewhere."""
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3), torch.nn.Linear(3, 1))
+    config = {"device": {"type": "simulated", "memory": "1MiB"}, "precision": {"dtype": dtype}}
+    engine, *_ = zero.initialize(model, torch.optim.AdamW(model.parameters()), config=config)
+    begins = []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, _: begins.extend(p.data_ptr() for p in module.parameters()))
+        for layer in model
+    ]
+    engine(torch.ones(2, 7, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16))
+    for handle in handles:
+        handle.remove()
+    engine.close()
+    assert len(begins) == 6
+    assert [begin % 64 for begin in begins] == [0] * 6
 
 
 def test_every_architecture_is_accounted_for(

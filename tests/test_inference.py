@@ -12,7 +12,7 @@ from gemini.plan import DoesNotFitError
 from gemini.units import parse_bytes
 from tests.generation_case import KINDS, generating, model_of, prompts, settings, tokens_of
 from zero.config.loading import load_config
-from zero.dryrun import Generation
+from zero.dryrun import Blueprint, Generation, InferenceNeeds
 from zero.generation import Sampling
 from zero.inference import make_inference_engine
 from zero.passes import PassPlanner
@@ -81,6 +81,22 @@ def test_plans_hold_while_keys_and_values_grow() -> None:
         assert replanned.call_count <= 1  # once, if the real passes needed a little more than the dry ones
         engine.check_integrity()
         engine.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values_of_first_passes_count_once(kind: str) -> None:
+    """As held beside every pass, not as made by the pass as well; and every kind can be walked through."""
+    (found,) = _walks(kind)
+    with patch("zero.fleeting.fleeting_like", return_value=None):
+        (kept,) = _walks(kind)
+    assert found.cache_bytes == kept.cache_bytes > 0
+    last, same = (walk.trace.moments[-2].both_peak_bytes for walk in (found, kept))
+    assert same - last == pytest.approx(found.cache_bytes, rel=0.3)
+
+
+def _walks(kind: str) -> list[InferenceNeeds]:
+    config = load_config({"device": _simulated("1MiB")})
+    return [*Blueprint(model_of(kind)).inference(config, [Generation(3, 40)])]
 
 
 def test_more_than_was_expected_works_too() -> None:

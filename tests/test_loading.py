@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from tests.ranks import run_ranks
 from zero.data.tokenizer import builtin_tokenizer
 
 MODELS = {"opt": opt_pre_norm, "opt-350m": opt_post_norm, "gpt2": gpt2, "llama": llama}
-TIGHT = {"opt": "256KiB", "opt-350m": "256KiB", "gpt2": "384KiB", "llama": "192KiB"}
+TIGHT = {"opt": "208KiB", "opt-350m": "208KiB", "gpt2": "384KiB", "llama": "192KiB"}
 """Device memory for a part of the model beside a pass of 2 x 32 tokens."""
 
 
@@ -122,6 +125,29 @@ def test_a_shorter_longest_pass_is_planned_where_nobody_said_how_long(tmp_path: 
     zero.models.loaded(model).engine.close(keep_values=False)
     with pytest.raises(DoesNotFitError):
         zero.models.load(tmp_path / "model", device="simulated", memory="160KiB", tokens=48, rows=64)
+
+
+@pytest.mark.parametrize(
+    ("memory", "config", "said"),
+    [
+        ("8KiB", {}, "smallest change that would fit.* or fewer rows or tokens"),
+        ("1MiB", {"memory": {"host": "64KiB"}}, "host must hold .*64.0 KiB are available.*memory.disk"),
+        ("1MiB", {"memory": {"host": "64KiB", "disk": "DISK"}}, "must go to disk, .* are free"),
+    ],
+    ids=["device", "host", "disk"],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_read(
+    tmp_path: Path, memory: str, config: dict[str, Any], said: str
+) -> None:
+    if "disk" in config.get("memory", {}):
+        config = {"memory": config["memory"] | {"disk": str(tmp_path)}}
+    usage = SimpleNamespace(free=1 << 10)
+    with (
+        patch("zero.inference.Engine", side_effect=AssertionError("the values were read")),
+        patch("zero.host_room.shutil.disk_usage", return_value=usage),
+        pytest.raises(DoesNotFitError, match=re.compile(said, re.DOTALL)),
+    ):
+        _loaded(tmp_path, device="simulated", memory=memory, tokens=16, config=config)
 
 
 @pytest.mark.parametrize(

@@ -228,26 +228,28 @@ class InferenceWalk:
         Raises:
             CannotWalkError: the model failed.
         """
-        light, cache_bytes = self._last_pass(asked)
+        light, cache = self._last_pass(asked)
         for moment in light.moments:  # products of single tokens wait for the weights, which therefore count as traffic
             moment.traffic_bytes += sum(self._engine.facts[chunk].gathered_bytes for chunk in moment.reads)
         (rows, tokens), *others = asked.first_passes
-        trace, _ = self._pass(rows, tokens)
+        trace = self._first_pass(rows, tokens, cache)
         for rows, tokens in others:
-            trace.absorb(self._pass(rows, tokens)[0])
+            trace.absorb(self._first_pass(rows, tokens, cache))
         trace.absorb(light)
-        num_cached = asked.rows * max(1, asked.tokens - 1)
-        return InferenceNeeds(asked, trace, light, -(-cache_bytes // num_cached))
+        return InferenceNeeds(asked, trace, light, -(-cache_bytes_of(cache) // (asked.rows * asked.tokens)))
 
-    def _last_pass(self, asked: Generation) -> tuple[Trace, int]:
-        """And the bytes of the cache before it."""
-        _, output = self._pass(asked.rows, max(1, asked.tokens - 1))
-        cache = getattr(output, "past_key_values", None)
-        cache_bytes = cache_bytes_of(output)
-        del output
-        if asked.tokens < 2 or not cache_bytes:
-            return self._pass(asked.rows, 1)[0], cache_bytes
-        return self._pass(asked.rows, 1, cache, asked.tokens)[0], cache_bytes
+    def _last_pass(self, asked: Generation) -> tuple[Trace, Any]:
+        """And the cache after it."""
+        cache = getattr(self._pass(asked.rows, max(1, asked.tokens - 1))[1], "past_key_values", None)
+        if asked.tokens < 2 or not cache_bytes_of(cache):
+            return self._pass(asked.rows, 1)[0], cache
+        return self._pass(asked.rows, 1, cache, asked.tokens)[0], cache
+
+    def _first_pass(self, rows: int, tokens: int, kind: Any) -> Trace:
+        """Without what it leaves in a cache of this kind, which counts as held."""
+        from zero.fleeting import fleeting_like
+
+        return self._pass(rows, tokens, fleeting_like(kind), tokens)[0]
 
     def _pass(self, rows: int, tokens: int, cache: Any = None, num_seen: int = 0) -> tuple[Trace, Any]:
         """One forward, and what it returned; with a cache the mask is of all ``num_seen`` tokens."""
@@ -266,14 +268,14 @@ class InferenceWalk:
 def inference_inputs(model: nn.Module, tokens: torch.Tensor) -> dict[str, Any]:
     """Arguments for a pass that fills a cache and wants the logits of the last position only, as far as it can say so."""
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": True}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = 1
-    return inputs
+    options = {"logits_to_keep": 1, "output_router_logits": False}
+    parameters = inspect.signature(model.forward).parameters
+    return inputs | {name: value for name, value in options.items() if name in parameters}
 
 
-def cache_bytes_of(output: Any) -> int:
+def cache_bytes_of(cache: Any) -> int:
     """Of the keys and values that a pass has left; 0 where the model keeps none."""
-    layers = getattr(getattr(output, "past_key_values", None), "layers", ())
+    layers = getattr(cache, "layers", ())
     kept = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     return sum(tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor))
 

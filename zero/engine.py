@@ -33,7 +33,7 @@ from zero.optim.native import NativeKernel
 from zero.passes import PassPlanner
 from zero.precision import clip_coefficient, require_loss
 from zero.rerun import BufferWatch, StartingPoint
-from zero.setup import Managed, make_activations, make_policy, make_scaler, most_logits, take_over
+from zero.setup import Managed, make_activations, make_policy, make_scaler, most_logits, survey, take_over
 from zero.updating import early_bytes, make_updater, update_bytes, updates_allowed
 from zero.window import WindowVerbs
 from zero.window_hooks import WindowHooks
@@ -106,8 +106,8 @@ class Engine(WindowVerbs):
         self._host = arena(device, config.memory.pin, budget_bytes)
         if optimizer is not None:
             require_ours(optimizer, model)  # before anything is touched
-        accumulates = self._accumulation > 1
-        managed = take_over(model, config, device, optimizer, accumulates, self._host, exchange, only_infers)
+        about = survey(model, config, optimizer, exchange, only_infers)
+        managed = take_over(model, about, config, device, self._host, exchange)
         self.optimizer: ZeroOptimizer | None = None
         self.manager = managed.manager
         with contextlib.ExitStack() as undo:  # a refusal leaves model and optimizer as they were

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from gemini.plan import ChunkFacts, DoesNotFitError, Plan, first_host_bytes, host_bytes, widening_bytes
+from gemini.plan import ChunkFacts, DoesNotFitError, Plan, disk_bytes, first_host_bytes, host_bytes, widening_bytes
 from gemini.policy import Policy
 from gemini.segment import Placement
 from gemini.units import format_bytes
@@ -66,6 +66,34 @@ def host_refusal(
         "smallest change that would fit: free host memory or raise memory.host, or "
         f"{aside}memory.disk = a folder for what the host cannot hold, {states}{fixed}or a smaller model, or model.lora",
     )
+
+
+def require_room_for_values(config: Config, facts: list[ChunkFacts], limit_bytes: int, num_local_ranks: int) -> None:
+    """Before the values of a model that only infers are read, which all come to the host first, or to its disk.
+
+    Args:
+        config: of the run.
+        facts: of all chunks.
+        limit_bytes: of the host, for this rank.
+        num_local_ranks: that share the disk.
+
+    Raises:
+        DoesNotFitError: there is no room.
+    """
+    needed_bytes = first_host_bytes(facts)
+    if needed_bytes > limit_bytes:
+        raise DoesNotFitError(
+            f"it does not fit: the host must hold {format_bytes(needed_bytes)} of the model, {format_bytes(limit_bytes)} "
+            "are available",
+            [("parameters", "host", needed_bytes, f"{format_bytes(limit_bytes)} available")],
+            "smallest change that would fit: free host memory or raise memory.host, or memory.disk = a folder for what "
+            "the host cannot hold, or a smaller model",
+        )
+    if config.memory.disk is not None:
+        nowhere = [Placement() for _ in facts]
+        refusal = disk_refusal(config.memory.disk, disk_bytes(facts, nowhere) * num_local_ranks)
+        if refusal is not None:
+            raise refusal
 
 
 def disk_refusal(folder: str, needed_bytes: int) -> DoesNotFitError | None:

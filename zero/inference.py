@@ -1,4 +1,4 @@
-"""An engine that only infers: what stays on the device, and how fast a pass will be, said before the first one."""
+"""An engine that only infers: what stays on the device, and how fast a pass will be, said before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from torch import nn
 
 from gemini.clock import DISK, IN
 from gemini.device import Device
-from gemini.plan import DoesNotFitError, disk_bytes, host_bytes
+from gemini.plan import ChunkFacts, DoesNotFitError, Plan, disk_bytes, host_bytes
+from gemini.policy import Policy
 from gemini.units import format_bytes
 from zero.config.schema import Config
 from zero.dryrun import Blueprint, Generation, InferenceNeeds
 from zero.engine import Engine
-from zero.probing import has_rates
+from zero.host_room import require_room_for_values
+from zero.passes import expected_trace
+from zero.probing import has_rates, inference_profile
 from zero.ranks import join_ranks, make_exchange
-from zero.setup import make_device
+from zero.setup import make_device, policy_for, survey
 
 logger = logging.getLogger("zero")
 
@@ -98,66 +101,112 @@ def make_inference_engine(
     """
     world = join_ranks(config)
     device = device or make_device(config)
-    blueprint = Blueprint(model)
     exchange = make_exchange(config, world)
+    try:
+        about = survey(model, config, None, exchange, only_infers=True)
+        policy = policy_for(config, device, inference_profile(config, device, exchange))
+        wishes = _Wishes(expected or Generation(), fewer, cache_bytes)
+        ahead = _look_ahead(Blueprint(model), config, device, policy, about.facts, wishes)
+        require_room_for_values(config, about.facts, about.limit_bytes, exchange.num_local)
+    except BaseException:
+        device.close()
+        raise
     engine = Engine(model, None, None, config, device, None, exchange=exchange, only_infers=True)
     try:
-        return engine, _prepare(engine, blueprint, expected or Generation(), fewer, cache_bytes)
+        if ahead is not None:
+            engine._planner.expect(ahead.found, ahead.held_bytes, ahead.plan)
+        return engine, _outlook(engine, ahead)
     except BaseException:
         engine.close()
         raise
 
 
-def _prepare(
-    engine: Engine, blueprint: Blueprint, expected: Generation, fewer: bool, cache_bytes: int | None
-) -> Outlook:
+@dataclass(frozen=True)
+class _Wishes:
+    """What is asked for; the fields are arguments of :func:`make_inference_engine`."""
+
+    expected: Generation
+    fewer: bool
+    cache_bytes: int | None
+
+    def __iter__(self) -> Iterator[Generation]:
+        """To be tried, the largest first."""
+        asked = self.expected
+        yield asked
+        while self.fewer and not asked.is_least:
+            asked = asked.halved
+            yield asked
+
+    def room_bytes(self, found: InferenceNeeds) -> int:
+        """For keys and values."""
+        if self.cache_bytes is None:
+            return found.cache_bytes
+        return self.cache_bytes * found.asked.tokens // self.expected.tokens
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """What is known before anything is loaded.
+
+    Attributes:
+        found: by the dry run.
+        room_bytes: for keys and values.
+        held_bytes: of them, on a device that is not the host.
+        plan: that leaves this room.
+    """
+
+    found: InferenceNeeds
+    room_bytes: int
+    held_bytes: int
+    plan: Plan
+
+
+def _look_ahead(
+    blueprint: Blueprint, config: Config, device: Device, policy: Policy, facts: list[ChunkFacts], wishes: _Wishes
+) -> _Ahead | None:
+    """The first wish that fits; None where a model cannot be walked through.
+
+    Raises:
+        gemini.plan.DoesNotFitError: none does; of the first.
+    """
     refusal: DoesNotFitError | None = None
-    for found in blueprint.inference(engine.config, _wishes(expected, fewer)):
-        room_bytes = found.cache_bytes
-        if cache_bytes is not None:
-            room_bytes = cache_bytes * found.asked.tokens // expected.tokens
+    for found in blueprint.inference(config, wishes):
+        room_bytes = wishes.room_bytes(found)
+        held_bytes = 0 if device.is_host else room_bytes
         try:
-            engine._planner.expect(found, 0 if engine.device.is_host else room_bytes)
+            plan = policy.decide(facts, expected_trace(found, held_bytes), device.capacity_bytes)
         except DoesNotFitError as error:
             refusal = refusal or error
             continue
-        if found.asked != expected:
+        if found.asked != wishes.expected:
             logger.warning(
                 "%d x %d tokens may not fit on the device; planned for %d x %d",
-                expected.rows,
-                expected.tokens,
+                wishes.expected.rows,
+                wishes.expected.tokens,
                 found.asked.rows,
                 found.asked.tokens,
             )
-        return _outlook(engine, found, room_bytes)
+        return _Ahead(found, room_bytes, held_bytes, plan)
     if refusal is not None:
         raise refusal
     logger.info(
         "this model cannot be walked through beforehand: its first passes will show what can stay on the device"
     )
-    return _outlook(engine, None, 0)
+    return None
 
 
-def _wishes(expected: Generation, fewer: bool) -> Iterator[Generation]:
-    """To be tried, the largest first."""
-    yield expected
-    while fewer and not expected.is_least:
-        expected = expected.halved
-        yield expected
-
-
-def _outlook(engine: Engine, found: InferenceNeeds | None, room_bytes: int) -> Outlook:
+def _outlook(engine: Engine, ahead: _Ahead | None) -> Outlook:
     plan, facts = engine.plan, engine.facts
-    is_timed = found is not None and has_rates(engine.config, engine.device)
+    is_timed = ahead is not None and has_rates(engine.config, engine.device)
     return Outlook(
         plan.resident_parameter_bytes,
         host_bytes(facts, plan.placements),
         disk_bytes(facts, plan.placements),
         plan.predicted_h2d_bytes,
-        0 if found is None else found.cache_bytes_per_token,
-        room_bytes,
+        0 if ahead is None else ahead.found.cache_bytes_per_token,
+        0 if ahead is None else ahead.room_bytes,
         plan.predicted_step_s if is_timed else 0.0,
-        1 if found is None else found.asked.rows,
+        1 if ahead is None else ahead.found.asked.rows,
         plan.predicted_busy_s.get(IN, 0.0),
         plan.predicted_busy_s.get(DISK, 0.0),
     )

@@ -120,18 +120,14 @@ class PassPlanner:
             needed_bytes += sum(fact.gathered_bytes for fact in self._facts if fact.companion_bytes_per_numel)
         return self._device.model_data_bytes + needed_bytes > self._device.capacity_bytes
 
-    def expect(self, found: InferenceNeeds, room_bytes: int) -> None:
-        """Plans before the first pass.
+    def expect(self, found: InferenceNeeds, room_bytes: int, plan: Plan) -> None:
+        """Before the first pass everything goes where it will be.
 
         Args:
             found: by a dry run of the largest passes there will be.
             room_bytes: see :attr:`room_bytes`.
-
-        Raises:
-            gemini.plan.DoesNotFitError: there is no plan that leaves the room.
+            plan: made for :func:`expected_trace` of the two.
         """
-        raised = _with_more(found.trace, room_bytes).with_work_of(found.light)
-        plan = self._policy.decide(self._facts, raised, self._device.capacity_bytes - self._taken_bytes)
         self._manager.trace, self.light = found.trace, found.light
         self.room_bytes = self._planned_held_bytes = room_bytes
         self.needs_plan, self._was_planned = False, True
@@ -281,6 +277,16 @@ class PassPlanner:
             return False
         self._manager.apply(offload_all("auto", self._facts))
         return True
+
+
+def expected_trace(found: InferenceNeeds, room_bytes: int) -> Trace:
+    """What a plan is made from before the first pass: the memory of the largest, the work of the most frequent.
+
+    Args:
+        found: by a dry run of the largest passes there will be.
+        room_bytes: that are held beside them.
+    """
+    return _with_more(found.trace, room_bytes).with_work_of(found.light)
 
 
 def _with_more(trace: Trace, num_bytes: int) -> Trace:

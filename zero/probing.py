@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from gemini.accelerator import AcceleratorDevice
-from gemini.device import Device
+from gemini.device import Device, HostDevice
 from gemini.exchange import ALONE, Exchange
 from gemini.probe import cached_profile, keep_profile, machine_key, probe
 from gemini.profile import HardwareProfile, named_profile
@@ -39,15 +39,29 @@ def profile_of(config: Config, device: Device, exchange: Exchange = ALONE) -> Ha
         return named_profile(config.device.profile)
     if not isinstance(device, AcceleratorDevice):
         return HardwareProfile()
-    world = exchange.world if isinstance(exchange, RankExchange) else None
-    return measured_profile(device, world, disk=config.memory.disk)
+    return _measured(config, device, exchange)
+
+
+def inference_profile(config: Config, device: Device, exchange: Exchange = ALONE) -> HardwareProfile:
+    """The same for passes without gradients, of which people ask how fast they will be on a processor, too.
+
+    There the plan does not depend on it, and training is not worth the second that measuring takes.
+    """
+    if isinstance(device, HostDevice) and config.device.profile == "auto":
+        return _measured(config, device, exchange)
+    return profile_of(config, device, exchange)
 
 
 def has_rates(config: Config, device: Device) -> bool:
-    """Whether :func:`profile_of` says something about this device, and not only what is assumed of any."""
+    """Whether :func:`inference_profile` says something about this device, and not only what is assumed of any."""
     if isinstance(device, SimulatedDevice):
         return device.clock is not None or config.device.profile != "auto"
-    return isinstance(device, AcceleratorDevice)
+    return True
+
+
+def _measured(config: Config, device: Device, exchange: Exchange) -> HardwareProfile:
+    world = exchange.world if isinstance(exchange, RankExchange) else None
+    return measured_profile(device, world, disk=config.memory.disk)
 
 
 def measured_profile(

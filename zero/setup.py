@@ -142,6 +142,27 @@ def make_scaler(config: Config) -> LossScaler:
     )
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a model's chunks will be.
+
+    Attributes:
+        units: that are fetched together.
+        layouts: of the chunks.
+        codecs: of their masters and states.
+        facts: of the chunks.
+        limit_bytes: of model data on the host.
+        only_infers: nothing is trained, whatever parameters say; they keep saying it.
+    """
+
+    units: list[Unit]
+    layouts: list[ChunkLayout]
+    codecs: list[FormatCodec | None]
+    facts: list[ChunkFacts]
+    limit_bytes: int
+    only_infers: bool
+
+
 @dataclass
 class Managed:
     """A model taken over."""
@@ -165,49 +186,55 @@ def compute_dtype(parameter: torch.Tensor, dtype: torch.dtype, keep_fp32: bool) 
     return torch.promote_types(parameter.dtype, dtype) if dtype == torch.float32 else dtype
 
 
-def take_over(
+def survey(
     model: nn.Module,
     config: Config,
-    device: Device,
-    optimizer: torch.optim.Optimizer | None,
-    accumulates: bool,
-    host: HostArena,
+    optimizer: torch.optim.Optimizer | None = None,
     exchange: Exchange = ALONE,
     only_infers: bool = False,
-) -> Managed:
-    """Moves every parameter of a model into chunks, one by one, so that host memory never holds two copies.
+) -> Survey:
+    """Finds a model's chunks, and touches nothing.
 
     Args:
         model: the user's.
-        config: for dtype and chunk bytes.
-        device: where gathered copies will live.
+        config: of the run.
         optimizer: whose states there will be.
-        accumulates: gradients are summed over micro-batches, in fp32.
-        host: gives host memory.
         exchange: with the other ranks that own a part of each chunk.
-        only_infers: nothing is trained, whatever parameters say; they keep saying it.
+        only_infers: see :class:`Survey`.
 
     Raises:
         UserError: a parameter cannot be managed, or states cannot be as the config wants them.
     """
     form = format_of(config, optimizer)
-    dtype = DTYPES[config.precision.dtype]
     units = find_units(model)
     _refuse_what_cannot_be_managed(model, units)
-    layouts = build_layout(
-        _unit_specs(model, units, dtype, only_infers), config.memory.chunk, partial(align_numel, form)
-    )
+    specs = _unit_specs(model, units, DTYPES[config.precision.dtype], only_infers)
+    layouts = build_layout(specs, config.memory.chunk, partial(align_numel, form))
     codecs = _codecs(layouts, form, config.train.seed)
-    parameters = {name: p for unit in units for name, p in unit.parameters}
     state_bytes = 0 if optimizer is None else state_bytes_per_numel(optimizer)
     facts = [
-        _facts(layout, codec, exchange, config, state_bytes, accumulates)
-        for layout, codec in zip(layouts, codecs, strict=True)
+        _facts(layout, codec, exchange, config, state_bytes) for layout, codec in zip(layouts, codecs, strict=True)
     ]
     limit_bytes = _host_limit_bytes(model, config, exchange)
     if config.memory.disk is not None:
         facts = spill(facts, limit_bytes)
-    spare_bytes = limit_bytes - host_bytes(facts, [Placement() for _ in facts])
+    return Survey(units, layouts, codecs, facts, limit_bytes, only_infers)
+
+
+def take_over(
+    model: nn.Module, about: Survey, config: Config, device: Device, host: HostArena, exchange: Exchange = ALONE
+) -> Managed:
+    """Moves every parameter of a model into chunks, one by one, so that host memory never holds two copies.
+
+    Args:
+        model: the user's.
+        about: of it.
+        config: of the run.
+        device: where gathered copies will live.
+        host: gives host memory.
+        exchange: with the other ranks that own a part of each chunk.
+    """
+    parameters = {name: p for unit in about.units for name, p in unit.parameters}
     store, transfer = Store(device, host, DiskArena(config.memory.disk)), Transfer(device)
     with Reading() as read:
 
@@ -215,15 +242,16 @@ def take_over(
             own: list[torch.Tensor] = [parameters[entry.spec.name] for entry in layout.entries]
             return Chunk(layout, own, store, transfer, layout.trainable, read, exchange, fact.homes, codec)
 
-        chunks = [chunk_of(*about) for about in zip(layouts, facts, codecs, strict=True)]
+        chunks = [chunk_of(*each) for each in zip(about.layouts, about.facts, about.codecs, strict=True)]
     release(model)
     give_back_free_memory()
     tensors = _managed_tensors(chunks)
+    dtype = DTYPES[config.precision.dtype]
     _cast_empty(model, tensors, dtype, device)
     _cast_buffers(model, dtype, device)
-    return Managed(
-        Manager(store, transfer, chunks, only_infers), units, tensors, _names(parameters), facts, spare_bytes
-    )
+    spare_bytes = about.limit_bytes - host_bytes(about.facts, [Placement() for _ in about.facts])
+    manager = Manager(store, transfer, chunks, about.only_infers)
+    return Managed(manager, about.units, tensors, _names(parameters), about.facts, spare_bytes)
 
 
 def _managed_tensors(chunks: list[Chunk]) -> dict[int, ChunkTensor]:
@@ -275,9 +303,9 @@ def _facts(
     exchange: Exchange,
     config: Config,
     state_bytes_per_numel: int,
-    accumulates: bool,
 ) -> ChunkFacts:
     """Gradients keep the dtype they come in; sums, over micro-batches or ranks, are fp32 unless asked otherwise."""
+    accumulates = config.train.gradient_accumulation_steps > 1
     shard = exchange.shard(layout)
     many_ranks = exchange is not ALONE
     sums = accumulates or (many_ranks and (config.precision.reduce == "fp32" or shard.is_whole))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -22,6 +23,8 @@ KINDS = (torch.optim.AdamW, torch.optim.Adam)
 """Optimizers whose states every format holds."""
 SPEEDS = {"split": 1.0, "bf16": 0.7, "8bit": 0.45}
 """Rates of the native kernel on one and two cores, as multiples of that with fp32 states (``docs/measurements.md``)."""
+_ALIGN_BYTES = 64
+"""Of torch's own allocations on the host; those on an accelerator begin at multiples of it."""
 _TRIAL_NUMEL = 1024
 
 
@@ -98,8 +101,13 @@ def codec_of(form: StateFormat, dtype: torch.dtype, trainable: bool, seed: int, 
 
 
 def align_numel(form: StateFormat, dtype: torch.dtype, trainable: bool) -> int:
-    """Where parameters begin, so that the cut into chunks and shards changes no block of the format."""
-    return form.start_multiple if trainable and dtype == torch.bfloat16 else 1
+    """Where parameters begin.
+
+    As torch aligns tensors of their own: products take other ways through a matrix that begins elsewhere, and round
+    otherwise. And so that the cut into chunks and shards changes no block of the format.
+    """
+    multiple = form.start_multiple if trainable and dtype == torch.bfloat16 else 1
+    return math.lcm(multiple, max(1, _ALIGN_BYTES // dtype.itemsize))
 
 
 def coding_bytes_per_numel(form: StateFormat) -> int:
