@@ -115,13 +115,16 @@ class Manager:
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
-    def begin_pass(self, training: bool, batch_shape: tuple[int, ...], pending: bool = False) -> None:
+    def begin_pass(
+        self, training: bool, batch_shape: tuple[int, ...], pending: bool = False, room_bytes: int = 0
+    ) -> None:
         """A forward pass starts.
 
         Args:
             training: gradients will be asked for.
             batch_shape: of its largest input tensor.
             pending: beside the graph of an earlier forward, which no plan knows of: nothing is kept for later.
+            room_bytes: that plans keep for what lies there between passes.
         """
         self.settle_idle_reads()
         self._end_all_scopes()
@@ -136,7 +139,8 @@ class Manager:
             self._gathered.release_all()
         # What lies there between passes without gradients grows from one to the next (keys and values): not theirs.
         held_bytes = self.device.memory().non_model_bytes if self.only_infers else 0
-        self.recorder.begin_pass(batch_shape, active=self.records, held_bytes=held_bytes)
+        room_bytes = max(0, room_bytes - held_bytes) if self.only_infers else 0
+        self.recorder.begin_pass(batch_shape, self.records, held_bytes, room_bytes)
         self._num_passes += 1
 
     @property

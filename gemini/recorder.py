@@ -31,6 +31,8 @@ class Recorder:
         trace: of the passes so far; None until one was recorded whole.
         position: where in it the present pass stands; -1 before its first moment.
         listener: told of each moment.
+        blocks: labels of the units that are alike: what is there when one of them begins, and was not when the first did,
+            has been left behind by those before it.
     """
 
     def __init__(self, store: Store) -> None:
@@ -39,6 +41,7 @@ class Recorder:
         self.trace: Trace | None = None
         self.position = -1
         self.listener: MomentListener | None = None
+        self.blocks: frozenset[str] = frozenset()
         self._recording = Trace()
         self._active = False
         self._started_s = 0.0
@@ -46,17 +49,23 @@ class Recorder:
         self._refused = False
         self._with_gradient: dict[int, set[int]] = {}
         self._work_before = Work()
-        self._held_bytes = 0
+        self._held_bytes = self._room_bytes = 0
+        # Non-model bytes when the first block began, and how many more there were as each moment began.
+        self._base_bytes: int | None = None
+        self._left_bytes: list[int] = []
 
-    def begin_pass(self, batch_shape: tuple[int, ...], active: bool, held_bytes: int = 0) -> None:
+    def begin_pass(self, batch_shape: tuple[int, ...], active: bool, held_bytes: int = 0, room_bytes: int = 0) -> None:
         """Forgets the unfinished record.
 
         Args:
             batch_shape: of its largest input tensor.
             active: whether it is recorded.
             held_bytes: non-model bytes that are there already and that the record leaves out.
+            room_bytes: that plans keep for what passes leave behind: up to these the record leaves that out, too.
         """
-        self._held_bytes = held_bytes
+        self._held_bytes, self._room_bytes = held_bytes, room_bytes
+        self._base_bytes = None
+        self._left_bytes = []
         self._recording = Trace(batch_shapes=[batch_shape])
         self._active = active
         self._device.counts_work = active and (self.trace is None or not self.trace.covers(batch_shape))
@@ -74,6 +83,10 @@ class Recorder:
     def begin_moment(self, label: str, phase: str) -> None:
         """The next moment starts; the caller has closed the one before."""
         self._recording.moments.append(Moment(label, phase))
+        live_bytes = self._device.memory().non_model_bytes
+        if self._base_bytes is None and label in self.blocks:
+            self._base_bytes = live_bytes
+        self._left_bytes.append(0 if self._base_bytes is None else max(0, live_bytes - self._base_bytes))
         self.position = self._locate(phase, label)
         self._started_s = time.perf_counter()
         self._work_before = self._device.work.copy()
@@ -172,6 +185,7 @@ class Recorder:
         self._with_gradient.clear()
         if not recorded.moments or not recorded.batch_shapes:  # nothing, or a second backward over a kept graph
             return False
+        self._leave_out_what_stays(recorded.moments)
         if self.trace is None:
             self.trace = recorded
             return True
@@ -184,3 +198,11 @@ class Recorder:
         recorded.streamed_piece_numel = known.streamed_piece_numel
         self.trace = recorded
         return True
+
+    def _leave_out_what_stays(self, moments: list[Moment]) -> None:
+        """Keys and values that a pass has made, and that plans have room for beside all passes, count once."""
+        most_bytes = min(self._room_bytes, self._device.memory().non_model_bytes - self._held_bytes)
+        if most_bytes <= 0:
+            return
+        for moment, left_bytes in zip(moments, self._left_bytes, strict=True):
+            moment.lower_non_model(min(left_bytes, most_bytes))

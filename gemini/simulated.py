@@ -21,7 +21,7 @@ import torch
 
 from gemini.clock import Clock
 from gemini.device import Device, DeviceMemory, Event, Stream
-from gemini.heap import LARGE_BYTES, give_back_free_memory, own_mapping
+from gemini.heap import LARGE_BYTES, give_back_free_memory, own_mapping, prefer_huge_pages
 from gemini.jobs import HostQueue
 from gemini.profile import HardwareProfile, HostUpdate
 from gemini.simulated_queues import SimulatedEvent, SimulatedQueue, SimulatedStream, unwatched
@@ -104,6 +104,7 @@ class SimulatedDevice(Device):
         self._admit(numel * dtype.itemsize)
         with unwatched(), own_mapping(numel * dtype.itemsize):
             buffer = super().allocate(numel, dtype)
+            prefer_huge_pages(buffer.data_ptr(), buffer.nbytes)
             self._fill(buffer)
         self._tracker.exempt(buffer)
         return buffer
@@ -129,6 +130,8 @@ class SimulatedDevice(Device):
         self._admit(numel * buffer.dtype.itemsize)
         with unwatched(), own_mapping(numel * buffer.dtype.itemsize):
             super().take_again(buffer, numel)
+            # A chunk's page faults cost half its copy.
+            prefer_huge_pages(buffer.data_ptr(), numel * buffer.dtype.itemsize)
             self._fill(buffer)
 
     def _fill(self, buffer: torch.Tensor) -> None:

@@ -78,6 +78,11 @@ class Moment:
             self.both_peak_bytes += growth  # the worst case: both are highest at the same instant
         return True
 
+    def lower_non_model(self, num_bytes: int) -> None:
+        """Leaves out non-model bytes that lay there all through the moment, and are accounted for elsewhere."""
+        self.non_model_peak_bytes = max(0, self.non_model_peak_bytes - num_bytes)
+        self.both_peak_bytes = max(0, self.both_peak_bytes - num_bytes)
+
 
 @dataclass
 class Trace:

@@ -191,7 +191,7 @@ class InferenceNeeds:
 
     Attributes:
         asked: the passes.
-        trace: of all of them, each moment's highest.
+        trace: of all of them, each moment's highest; without keys and values, but for those that the moment itself makes.
         light: of the last token of each row, which reads all that is cached.
         cache_bytes_per_token: of keys and values.
     """
@@ -221,6 +221,8 @@ class InferenceWalk:
         offloaded = load_config(config, {"memory": {"policy": "cpu", "pin": False, "host": "null", "disk": "null"}})
         self._model = model
         self._engine = Engine(model, None, None, offloaded, DryDevice(), None, arena=DryArena, only_infers=True)
+        # For all keys and values that passes make.
+        self._engine._planner.room_bytes = self._engine.device.capacity_bytes
 
     def walk(self, asked: Generation) -> InferenceNeeds:
         """The first passes, and the last.
@@ -232,9 +234,9 @@ class InferenceWalk:
         for moment in light.moments:  # products of single tokens wait for the weights, which therefore count as traffic
             moment.traffic_bytes += sum(self._engine.facts[chunk].gathered_bytes for chunk in moment.reads)
         (rows, tokens), *others = asked.first_passes
-        trace = self._first_pass(rows, tokens, cache)
+        trace, _ = self._pass(rows, tokens)
         for rows, tokens in others:
-            trace.absorb(self._first_pass(rows, tokens, cache))
+            trace.absorb(self._pass(rows, tokens)[0])
         trace.absorb(light)
         return InferenceNeeds(asked, trace, light, -(-cache_bytes_of(cache) // (asked.rows * asked.tokens)))
 
@@ -244,12 +246,6 @@ class InferenceWalk:
         if asked.tokens < 2 or not cache_bytes_of(cache):
             return self._pass(asked.rows, 1)[0], cache
         return self._pass(asked.rows, 1, cache, asked.tokens)[0], cache
-
-    def _first_pass(self, rows: int, tokens: int, kind: Any) -> Trace:
-        """Without what it leaves in a cache of this kind, which counts as held."""
-        from zero.fleeting import fleeting_like
-
-        return self._pass(rows, tokens, fleeting_like(kind), tokens)[0]
 
     def _pass(self, rows: int, tokens: int, cache: Any = None, num_seen: int = 0) -> tuple[Trace, Any]:
         """One forward, and what it returned; with a cache the mask is of all ``num_seen`` tokens."""

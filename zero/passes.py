@@ -90,7 +90,7 @@ class PassPlanner:
         if planned:
             self._look_for_others()
         self._prepare(planned, batch_shape, pending)
-        self._manager.begin_pass(training, batch_shape, pending)
+        self._manager.begin_pass(training, batch_shape, pending, self.room_bytes)
 
     def _look_for_others(self) -> None:
         """Whether other processes have taken, or given back, so much of the device that another plan is needed."""

@@ -251,6 +251,7 @@ def take_over(
     _cast_buffers(model, dtype, device)
     spare_bytes = about.limit_bytes - host_bytes(about.facts, [Placement() for _ in about.facts])
     manager = Manager(store, transfer, chunks, about.only_infers)
+    manager.recorder.blocks = frozenset(unit.label for unit in about.units if unit.is_block)
     return Managed(manager, about.units, tensors, _names(parameters), about.facts, spare_bytes)
 
 
