@@ -18,10 +18,17 @@ from zero import initialize
 from zero.cli.main import main
 from zero.errors import UserError
 from zero.evaluation import references
-from zero.evaluation.dialogue import evaluate_dialogues, normalised_words, read_dialogues, unigram_f1
-from zero.evaluation.perplexity import Text, check_window, text_perplexity, windows
-from zero.evaluation.scoring import Scorer, Sequence
+from zero.evaluation.dialogue import (
+    evaluate_dialogues,
+    normalised_words,
+    prepare_dialogues,
+    read_dialogues,
+    unigram_f1,
+)
+from zero.evaluation.perplexity import Text, check_window, text_perplexity, text_windows, windows
+from zero.evaluation.scoring import BatchLimits, Scorer, Sequence
 from zero.evaluation.tasks import PAPER_TASKS, average_accuracy, task_names
+from zero.evaluation.writing import Writer
 
 Output = pytest.CaptureFixture[str]
 CAP = ("--device.type", "simulated", "--device.memory", "8MiB")
@@ -179,7 +186,7 @@ class TestPerplexity:
                 return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
         engine, *_ = initialize(model, config={"device": {"type": "cpu"}})
-        result = text_perplexity(Scorer(engine, 2), Bare(), [Text("t", LINES)], 32, 32)
+        result = text_perplexity(Scorer(engine), text_windows(Bare(), [Text("t", LINES)], 32, 32))
         engine.close()
         assert result.num_unscored == 1
         assert result.num_tokens == len(Bare()(LINES)["input_ids"]) - 1
@@ -221,10 +228,10 @@ class TestScorer:
         model = AutoModelForCausalLM.from_pretrained(run / "model").eval().requires_grad_(False)
         engine, *_ = initialize(model, config={"device": {"type": "simulated", "memory": "600KiB"}})
         sequences = [Sequence(tuple(range(4 + i % 3, 30 + i % 3)), 20) for i in range(32)]
-        scorer = Scorer(engine, 32)
+        scorer = Scorer(engine, BatchLimits.of(32))
         found = scorer.scores(sequences)
         engine.close()
-        assert scorer.batch_size < 32
+        assert scorer.most_tokens < 32 * 29
         for sequence, score in zip(sequences, found, strict=True):
             with torch.no_grad():
                 logits = plain[0](input_ids=torch.tensor([sequence.tokens[:-1]])).logits[0, -20:].double()
@@ -236,7 +243,7 @@ class TestScorer:
         engine, *_ = initialize(plain[0], config={"device": {"type": "cpu"}})
         for tokens, num_scored in (((1,), 1), ((1, 2), 2), ((1, 2, 3), 0)):
             with pytest.raises(UserError, match="to be scored"):
-                Scorer(engine, 2).scores([Sequence(tokens, num_scored)])
+                Scorer(engine).scores([Sequence(tokens, num_scored)])
         engine.close()
 
 
@@ -290,7 +297,8 @@ class TestDialogue:
             total += sum(float(logits[i - 1, whole[i]]) for i in range(len(before), len(whole)))
             num_tokens += len(whole) - len(before)
         engine, *_ = initialize(model, config={"device": {"type": "cpu"}})
-        found = evaluate_dialogues(engine, Scorer(engine, 2), tokenizer, exchanges, None, tokenizer)
+        dialogues = prepare_dialogues(tokenizer, exchanges, None)
+        found = evaluate_dialogues(Scorer(engine), Writer(engine, tokenizer), dialogues, tokenizer)
         engine.close()
         assert (found.num_answers, found.num_tokens) == (3, num_tokens)
         assert found.loglikelihood == pytest.approx(total, rel=1e-6)

@@ -62,9 +62,10 @@ def tasks(tmp_path: Path) -> Path:
 def adapter(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     from zero.evaluation.harness import EngineLM
     from zero.evaluation.scoring import Scorer
+    from zero.evaluation.writing import Writer
 
     engine, *_ = initialize(model, config={"device": {"type": "simulated", "memory": "8MiB"}})
-    return EngineLM(engine, Scorer(engine, 4), tokenizer, 32), engine
+    return EngineLM(engine, Scorer(engine), Writer(engine, tokenizer), tokenizer, 32), engine
 
 
 def request(*arguments: Any) -> Any:

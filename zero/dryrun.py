@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from gemini.trace import EVALUATION, Moment, Trace
 from zero.config.loading import load_config
 from zero.config.schema import Config
 from zero.errors import UserError
+from zero.likelihoods import scoring, scoring_inputs
 
 if TYPE_CHECKING:
     from zero.engine import Engine
@@ -186,6 +187,27 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Scoring(Generation):
+    """Passes that tell how likely each token is, and keep no keys and values.
+
+    Attributes:
+        most_logits: see :func:`zero.likelihoods.scoring`.
+    """
+
+    most_logits: int = 1
+
+    @property
+    def halved(self) -> Scoring:
+        """The same with half the rows: texts are as long as they are."""
+        return replace(self, rows=max(1, self.rows // 2))
+
+    @property
+    def is_least(self) -> bool:
+        """Whether there is nothing to halve."""
+        return self.rows == 1
+
+
+@dataclass(frozen=True)
 class InferenceNeeds:
     """What a dry run found of them.
 
@@ -230,6 +252,9 @@ class InferenceWalk:
         Raises:
             CannotWalkError: the model failed.
         """
+        if isinstance(asked, Scoring):
+            trace = self._scoring_pass(asked)
+            return InferenceNeeds(asked, trace, trace, 0)
         light, cache = self._last_pass(asked)
         for moment in light.moments:  # products of single tokens wait for the weights, which therefore count as traffic
             moment.traffic_bytes += sum(self._engine.facts[chunk].gathered_bytes for chunk in moment.reads)
@@ -247,12 +272,22 @@ class InferenceWalk:
             return self._pass(asked.rows, 1)[0], cache
         return self._pass(asked.rows, 1, cache, asked.tokens)[0], cache
 
+    def _scoring_pass(self, asked: Scoring) -> Trace:
+        """One forward. Only the first row's tokens are looked at: those of the others need no more memory."""
+        tokens = torch.ones((asked.rows, asked.tokens), dtype=torch.long)
+        looked_at = torch.arange(asked.tokens)
+        with scoring(self._model, looked_at, torch.zeros_like(looked_at), asked.most_logits):
+            return self._forward(scoring_inputs(self._model, tokens, torch.ones_like(tokens)))[0]
+
     def _pass(self, rows: int, tokens: int, cache: Any = None, num_seen: int = 0) -> tuple[Trace, Any]:
         """One forward, and what it returned; with a cache the mask is of all ``num_seen`` tokens."""
-        self._engine.manager.trace = None
         inputs = inference_inputs(self._model, torch.ones((rows, tokens), dtype=torch.long))
         if cache is not None:
             inputs |= {"past_key_values": cache, "attention_mask": torch.ones((rows, num_seen), dtype=torch.long)}
+        return self._forward(inputs)
+
+    def _forward(self, inputs: dict[str, Any]) -> tuple[Trace, Any]:
+        self._engine.manager.trace = None
         with models_own_code():
             output = self._model(**inputs)
         trace = self._engine.manager.trace

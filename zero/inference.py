@@ -14,7 +14,7 @@ from gemini.plan import ChunkFacts, DoesNotFitError, Plan, disk_bytes, host_byte
 from gemini.policy import Policy
 from gemini.units import format_bytes
 from zero.config.schema import Config
-from zero.dryrun import Blueprint, Generation, InferenceNeeds
+from zero.dryrun import Blueprint, Generation, InferenceNeeds, Scoring
 from zero.engine import Engine
 from zero.host_room import require_room_for_values
 from zero.passes import expected_trace
@@ -36,8 +36,9 @@ class Outlook:
         streamed_bytes: that each pass fetches.
         cache_bytes_per_token: of the keys and values of one position of one row.
         room_bytes: that the plan leaves for keys and values.
-        pass_s: predicted seconds of a pass of one token per row; 0 where they are not known.
+        pass_s: predicted seconds of a pass, of one token per row where texts are written; 0 where they are not known.
         num_rows: that share such a pass.
+        num_tokens: of each row in such a pass.
         link_s: of them, seconds that the link to the device works.
         disk_s: likewise the disk.
     """
@@ -52,11 +53,12 @@ class Outlook:
     num_rows: int
     link_s: float = 0.0
     disk_s: float = 0.0
+    num_tokens: int = 1
 
     @property
     def tokens_per_s(self) -> float:
         """Of all rows together; 0 where it is not known."""
-        return self.num_rows / self.pass_s if self.pass_s else 0.0
+        return self.num_rows * self.num_tokens / self.pass_s if self.pass_s else 0.0
 
     @property
     def text(self) -> str:
@@ -115,7 +117,7 @@ def make_inference_engine(
     try:
         if ahead is not None:
             engine._planner.expect(ahead.found, ahead.held_bytes, ahead.plan)
-        return engine, _outlook(engine, ahead)
+        return engine, _outlook(engine, ahead, ahead.found.asked if ahead is not None else wishes.expected)
     except BaseException:
         engine.close()
         raise
@@ -176,7 +178,7 @@ def _look_ahead(
         try:
             plan = policy.decide(facts, expected_trace(found, held_bytes), device.capacity_bytes)
         except DoesNotFitError as error:
-            refusal = refusal or error
+            refusal = error
             continue
         if found.asked != wishes.expected:
             logger.warning(
@@ -195,7 +197,7 @@ def _look_ahead(
     return None
 
 
-def _outlook(engine: Engine, ahead: _Ahead | None) -> Outlook:
+def _outlook(engine: Engine, ahead: _Ahead | None, asked: Generation) -> Outlook:
     plan, facts = engine.plan, engine.facts
     is_timed = ahead is not None and has_rates(engine.config, engine.device)
     return Outlook(
@@ -206,7 +208,8 @@ def _outlook(engine: Engine, ahead: _Ahead | None) -> Outlook:
         0 if ahead is None else ahead.found.cache_bytes_per_token,
         0 if ahead is None else ahead.room_bytes,
         plan.predicted_step_s if is_timed else 0.0,
-        1 if ahead is None else ahead.found.asked.rows,
+        asked.rows,
         plan.predicted_busy_s.get(IN, 0.0),
         plan.predicted_busy_s.get(DISK, 0.0),
+        asked.tokens if isinstance(asked, Scoring) else 1,
     )

@@ -129,7 +129,9 @@ class LazyLogits:
         if self._real is None:
             parts = index if isinstance(index, tuple) else (index,)
             whole_rows = len(parts) < self.ndim if Ellipsis not in parts else _is_whole(parts[-1]) and len(parts) > 1
-            if whole_rows and all(isinstance(part, slice | int) or part is Ellipsis for part in parts):
+            if whole_rows and all(
+                isinstance(part, slice | int) or part is Ellipsis or _is_list(part) for part in parts
+            ):
                 return self._with(self._hidden[index])
         return self.real()[index]
 
@@ -196,6 +198,11 @@ class LazyLogits:
         mean = options.get("reduction", "mean") == "mean"
         loss = cross_entropy(self._head, self._hidden, self._chain, target, options.get("ignore_index", -100), mean)
         return torch.nn.functional.cross_entropy(self.real(), target, **options) if loss is None else loss
+
+
+def _is_list(part: Any) -> bool:
+    """Whether an index is a list of numbers."""
+    return isinstance(part, torch.Tensor) and part.dtype == torch.int64 and part.dim() == 1
 
 
 def _is_whole(part: Any) -> bool:

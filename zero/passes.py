@@ -133,6 +133,11 @@ class PassPlanner:
         self.needs_plan, self._was_planned = False, True
         self._manager.apply(plan)
 
+    def leave_room(self, num_bytes: int) -> None:
+        """From the next pass on plans are made for another :attr:`room_bytes`."""
+        self.room_bytes = num_bytes
+        self.needs_plan |= self._manager.trace is not None
+
     def ran_out(self) -> None:
         """A pass ran out of memory, or broke off in backward for a reason that nobody told us."""
         self._ran_out = True

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _GENERATE_TABLES = {"device", "memory", "model", "precision"}
-_EVAL_TABLES = {*_GENERATE_TABLES, "cost"}
+_EVAL_TABLES = {*_GENERATE_TABLES, "cost", "parallel"}
 _CONFIG_SUFFIXES = (".toml", ".yaml", ".yml", ".json", ".py")
 
 
@@ -187,7 +187,7 @@ def serve(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def evaluate(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """``zero eval CONFIG|MODEL``: perplexity, tasks, conversations."""
+    """``zero eval CONFIG|MODEL``: perplexity, tasks, conversations, as one process or as ranks."""
     overrides = parse_overrides(rest)
     path = Path(arguments.model)
     if path.suffix in _CONFIG_SUFFIXES and not path.is_dir():
@@ -195,9 +195,15 @@ def evaluate(arguments: argparse.Namespace, rest: list[str]) -> int:
     else:
         _require_tables("zero eval MODEL", overrides, _EVAL_TABLES)
         config = load_config({"model": {"name_or_path": arguments.model}}, overrides, require=("model",))
+    if start_ranks(arguments):
+        return launch(arguments, config)
     from zero.cli.evaluate import evaluate_model
+    from zero.launcher import join
 
-    sys.stdout.write(evaluate_model(config, arguments) + "\n")
+    join(config)
+    text = evaluate_model(config, arguments)
+    if text is not None:
+        sys.stdout.write(text + "\n")
     return 0
 
 

@@ -4,37 +4,66 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gemini.device import Device
+from gemini.plan import DoesNotFitError
+from gemini.units import format_bytes
+from zero import world
 from zero.config.loading import load_config
 from zero.config.schema import Config
 from zero.data.readers import read_txt, reader_for
 from zero.data.records import Problems, TextRecord
 from zero.data.sources import ReadOptions, RecordSet, load_records
+from zero.dryrun import Scoring
 from zero.engine import Engine
 from zero.errors import UserError
 from zero.evaluation import references
-from zero.evaluation.dialogue import DialogueResult, evaluate_dialogues, read_dialogues
-from zero.evaluation.perplexity import PerplexityResult, Text, check_window, text_perplexity
-from zero.evaluation.scoring import Scorer
+from zero.evaluation.dialogue import (
+    DialogueResult,
+    Dialogues,
+    evaluate_dialogues,
+    prepare_dialogues,
+    read_dialogues,
+)
+from zero.evaluation.perplexity import (
+    PerplexityResult,
+    Text,
+    TextWindows,
+    check_window,
+    text_perplexity,
+    text_windows,
+)
+from zero.evaluation.scoring import BatchLimits, Scorer, Sequence
 from zero.evaluation.tasks import TasksResult, TaskWish, check_tasks, run_tasks, task_names
+from zero.evaluation.writing import Writer
 from zero.inference import make_inference_engine
+from zero.likelihoods import most_logits_on
 from zero.models.build import build_model, build_tokenizer, in_stored_dtype, max_positions, model_config
+from zero.ranks import Ranks
 from zero.report.codecarbon import check_codecarbon
-from zero.report.energy import EnergyMeter, cost_of
+from zero.report.energy import Cost, EnergyMeter, Reading, combined, cost_of
 from zero.report.metrics import jsonable
 from zero.report.tables import text_columns, values_text
 from zero.run_folder import MODEL_FOLDER
 from zero.setup import make_device
 
+logger = logging.getLogger("zero")
+
 Row = tuple[str, str, str]
 
+_TASK_TOKENS = 1024
+"""Of the longest prompt of a task that is planned for: lm-eval makes prompts once the model is there."""
 
-def evaluate_model(config: Config, arguments: argparse.Namespace) -> str:
-    """Evaluates what was asked for; returns the tables, and writes ``--out``.
+
+def evaluate_model(config: Config, arguments: argparse.Namespace) -> str | None:
+    """Evaluates what was asked for; returns the tables, and writes ``--out``. All ranks must call it.
+
+    Returns:
+        None on ranks other than the first.
 
     Raises:
         UserError: something given cannot be; all of it is looked at before the model is loaded.
@@ -70,28 +99,31 @@ class _Evaluation:
         check_codecarbon(config.cost.energy)
         self._arguments = arguments
         self._out = None if arguments.out is None else _writable(Path(arguments.out))
-        if arguments.batch_size < 1:
+        self._ranks = Ranks(world.current())
+        if arguments.batch_size is not None and arguments.batch_size < 1:
             raise UserError(f"--batch-size {arguments.batch_size}: must be at least 1")
         self._wish = _task_wish(arguments)
-        self._exchanges = [] if arguments.dialogue is None else read_dialogues(Path(arguments.dialogue))
-        self._texts = self._read_texts()
-        if not (self._texts or self._wish or self._exchanges):
+        exchanges = [] if arguments.dialogue is None else read_dialogues(Path(arguments.dialogue))
+        texts = self._read_texts(bool(exchanges))
+        if not (texts or self._wish or exchanges):
             raise UserError(
                 "nothing to evaluate: give --text FILE, --tasks NAMES, --dialogue FILE, or data.eval in the config"
             )
         self._tokenizer = build_tokenizer(self._config)
         transformers_config = model_config(self._config)
         self._num_positions = max_positions(transformers_config)
-        self._window, self._stride = check_window(arguments.window, arguments.stride, self._num_positions)
+        window, stride = check_window(arguments.window, arguments.stride, self._num_positions)
+        self._texts = text_windows(self._tokenizer, texts, window, stride) if texts else None
+        self._dialogues = prepare_dialogues(self._tokenizer, exchanges, self._num_positions) if exchanges else None
         self._counting = self._counting_tokenizer()
         self._size = references.recognise(transformers_config)
 
-    def _read_texts(self) -> list[Text]:
+    def _read_texts(self, has_dialogues: bool) -> list[Text]:
         """The given files, else the config's held-out data where nothing else was asked for."""
         if self._arguments.text is not None:
             return [text for name in self._arguments.text for text in _texts_of_file(name)]
         data = self._config.data
-        if data.eval is None or self._wish or self._exchanges:
+        if data.eval is None or self._wish or has_dialogues:
             return []
         options = ReadOptions(data.dataset_config, data.eval_split or "validation", data.format, data.text_column)
         return _plain_texts(load_records(data.eval, options, on_error=data.on_error), "data.eval")
@@ -102,7 +134,7 @@ class _Evaluation:
             return None
         return build_tokenizer(load_config({"model": {"name_or_path": name}}))
 
-    def run(self) -> str:
+    def run(self) -> str | None:
         """Loads the model and does it all."""
         device = make_device(self._config)
         cost = self._config.cost
@@ -110,12 +142,14 @@ class _Evaluation:
         if meter is not None:
             meter.start()
         try:
-            rows, found = self._evaluate(device)
-            used = None if meter is None else cost_of(meter.read(), cost)
+            rows, found, figures = self._evaluate(device)
+            used = None if meter is None else self._cost(meter)
         finally:
             if meter is not None:
                 meter.stop()
-        lines = [text_columns([("what", "here", "published"), *rows])]
+        if not self._ranks.is_first:
+            return None
+        lines = [text_columns([("what", "here", "published"), *rows]), "", values_text(figures)]
         if used is not None:
             found["cost"] = used.as_json()
             lines += ["", values_text(used.rows())]
@@ -123,35 +157,99 @@ class _Evaluation:
             _write(self._out, found)
         return "\n".join(lines)
 
-    def _evaluate(self, device: Device) -> tuple[list[Row], dict[str, Any]]:
-        model: Any = build_model(self._config, self._tokenizer)
-        model.eval()
-        config = in_stored_dtype(self._config, model, device)
-        engine, _ = make_inference_engine(model, config, device)  # the first batch shows what passes need
+    def _cost(self, meter: EnergyMeter) -> Cost:
+        """Of all ranks."""
+        readings = self._ranks.gather(meter.read().as_json(), "adding up energy")
+        return cost_of(combined([Reading.from_json(reading) for reading in readings]), self._config.cost)
+
+    def _evaluate(self, device: Device) -> tuple[list[Row], dict[str, Any], list[tuple[str, str]]]:
+        engine, limits = self._open(device)
         found: dict[str, Any] = {"model": self._config.model.name_or_path, "size": self._size}
         rows: list[Row] = []
         try:
-            scorer = Scorer(engine, self._arguments.batch_size, int(self._tokenizer.pad_token_id))
-            if self._texts:
-                rows += self._perplexity(scorer, found)
-            if self._exchanges:
-                rows += self._dialogue(engine, scorer, found)
+            scorer = Scorer(engine, limits, int(self._tokenizer.pad_token_id))
+            writer = Writer(engine, self._tokenizer)
+            if self._texts is not None:
+                rows += self._perplexity(scorer, self._texts, found)
+            if self._dialogues is not None:
+                rows += self._dialogue(scorer, writer, self._dialogues, found)
             if self._wish is not None:
-                rows += self._tasks(engine, scorer, self._wish, found)
+                rows += self._tasks(engine, scorer, writer, self._wish, found)
+            figures = self._figures(engine, scorer, writer, found)
         finally:
             engine.close(keep_values=False)
-        return rows, found
+        return rows, found, figures
 
-    def _perplexity(self, scorer: Scorer, found: dict[str, Any]) -> list[Row]:
-        result = text_perplexity(scorer, self._tokenizer, self._texts, self._window, self._stride)
+    def _open(self, device: Device) -> tuple[Engine, BatchLimits]:
+        """The model on the device, and how much of it may go through at a time.
+
+        Raises:
+            DoesNotFitError: not even one text at a time.
+        """
+        model: Any = build_model(self._config, self._tokenizer)
+        model.eval()
+        config = in_stored_dtype(self._config, model, device)
+        limits, longest = BatchLimits.of(self._arguments.batch_size), self._longest()
+        num_rows = min(limits.num_rows(longest), max(1, len(self._sequences)) if self._wish is None else 1 << 30)
+        expected = Scoring(num_rows, longest, most_logits=most_logits_on(device))
+        try:
+            engine, outlook = make_inference_engine(model, config, device, expected, fewer=True)
+        except DoesNotFitError as error:
+            error.args = (f"{error} (here --window N: tokens read at a time, now {longest})",)
+            raise
+        logger.info("%s", outlook.text)
+        if outlook.num_rows < num_rows:
+            limits = BatchLimits(limits.most_rows, outlook.num_rows * longest)
+        return engine, limits
+
+    @property
+    def _sequences(self) -> list[Sequence]:
+        """To be scored, as far as they are known by now."""
+        texts = [] if self._texts is None else self._texts.sequences
+        return texts + ([] if self._dialogues is None else self._dialogues.sequences)
+
+    def _longest(self) -> int:
+        """Tokens of the longest of them, and of what tasks may bring."""
+        known = max((sequence.num_read for sequence in self._sequences), default=1)
+        return known if self._wish is None else max(known, min(self._num_positions or _TASK_TOKENS, _TASK_TOKENS))
+
+    def _figures(self, engine: Engine, scorer: Scorer, writer: Writer, found: dict[str, Any]) -> list[tuple[str, str]]:
+        """Speed and memory, as names and values."""
+        rows = []
+        for name, number, elapsed_s in (
+            ("read", scorer.num_read, scorer.elapsed_s),
+            ("written", writer.num_new, writer.elapsed_s),
+        ):
+            if number:
+                found[f"{name}_tokens_per_s"] = number / elapsed_s
+                rows.append((f"speed, {name}", f"{number / elapsed_s:,.0f} tokens/s, {elapsed_s:.1f} s in all"))
+        report, predicted_bytes = engine.memory_report(), engine.plan.predicted_device_peak_bytes
+        found["memory"] = {
+            "device_capacity_bytes": report.device_capacity_bytes,
+            "device_peak_bytes": report.device_peak_bytes,
+            "host_bytes": report.host_bytes,
+            "pinned_bytes": report.pinned_bytes,
+        }
+        rows.append(("device capacity", format_bytes(report.device_capacity_bytes)))
+        if predicted_bytes:
+            rows.append(("device peak, predicted", format_bytes(predicted_bytes)))
+        pinned = f"of it pinned {format_bytes(report.pinned_bytes)}"
+        rows += [
+            ("device peak, measured", format_bytes(report.device_peak_bytes)),
+            ("host", f"{format_bytes(report.host_bytes)}, {pinned}"),
+        ]
+        if self._ranks.size > 1:
+            rows.append(("ranks", f"{self._ranks.size}; figures of memory are rank 0's"))
+        return rows
+
+    def _perplexity(self, scorer: Scorer, texts: TextWindows, found: dict[str, Any]) -> list[Row]:
+        result = text_perplexity(scorer, texts)
         reference = references.of_wikitext2(self._size)
         found["perplexity"] = _perplexity_json(result) | {"reference": reference and asdict(reference)}
         return _perplexity_rows(result, self._arguments.per_word, reference)
 
-    def _dialogue(self, engine: Engine, scorer: Scorer, found: dict[str, Any]) -> list[Row]:
-        result = evaluate_dialogues(
-            engine, scorer, self._tokenizer, self._exchanges, self._num_positions, self._counting
-        )
+    def _dialogue(self, scorer: Scorer, writer: Writer, dialogues: Dialogues, found: dict[str, Any]) -> list[Row]:
+        result = evaluate_dialogues(scorer, writer, dialogues, self._counting)
         published = references.of_dialogue(self._size)
         found["dialogue"] = asdict(result) | {
             "perplexity": result.perplexity,
@@ -160,8 +258,10 @@ class _Evaluation:
         }
         return _dialogue_rows(result, published)
 
-    def _tasks(self, engine: Engine, scorer: Scorer, wish: TaskWish, found: dict[str, Any]) -> list[Row]:
-        result = run_tasks(engine, scorer, self._tokenizer, self._num_positions, wish)
+    def _tasks(
+        self, engine: Engine, scorer: Scorer, writer: Writer, wish: TaskWish, found: dict[str, Any]
+    ) -> list[Row]:
+        result = run_tasks(engine, scorer, writer, self._tokenizer, self._num_positions, wish)
         found["tasks"] = asdict(result)
         rows = []
         for score in result.scores:

@@ -220,11 +220,14 @@ def _add_eval(verbs: Verbs) -> None:
     verb = verbs.add_parser(
         "eval",
         help="perplexity of text, lm-eval's tasks, answers in conversations",
-        usage="zero eval CONFIG|MODEL [--text FILE ...] [--tasks NAMES] [--dialogue FILE] [--section.key value ...]",
+        usage="zero eval CONFIG|MODEL [--text FILE ...] [--tasks NAMES] [--dialogue FILE] [--nprocs N]\n"
+        "                 [--section.key value ...]",
         description="""\
-Evaluates a model, which may be larger than the device (--device.memory 2GiB). MODEL is a Hugging Face folder or name; a
-CONFIG stands for its [model], or for what its run has made where that starts at random, and its data.eval is the text
-where nothing else is asked for. Numbers published for OPT models are shown beside those of a model of such a size.""",
+Evaluates a model, which may be larger than the device (--device.memory 2GiB). MODEL is a Hugging Face folder or name,
+or a .gguf file; a CONFIG stands for its [model], or for what its run has made where that starts at random, and its
+data.eval is the text where nothing else is asked for. With --nprocs N each process does its share of the texts. Numbers
+published for OPT models are shown beside those of a model of such a size.""",
+        epilog=_PROCESSES,
         splitter=keys_aside,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -241,8 +244,9 @@ where nothing else is asked for. Numbers published for OPT models are shown besi
     verb.add_argument("--task-path", metavar="DIR", help="folder with lm-eval tasks of your own")
     verb.add_argument("--dialogue", metavar="FILE", help='conversations: lines of {"turns": ["Hi!", "Hello!"]}')
     verb.add_argument("--dialogue-tokenizer", metavar="NAME", help="normalise to its tokens (the paper: gpt2)")
-    verb.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (8, or what fits)")
+    verb.add_argument("--batch-size", type=int, metavar="N", help="sequences at a time (16384 tokens, or what fits)")
     verb.add_argument("--out", metavar="FILE", help="write the results as JSON")
+    add_process_options(verb)
     verb.set_defaults(run=commands.evaluate)
 
 

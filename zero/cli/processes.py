@@ -13,7 +13,7 @@ from zero.launching.place import Place, find_place, given_place, is_ours
 if TYPE_CHECKING:
     from zero.config.schema import Config
 
-_RANKED = ("train", "run")
+_RANKED = ("train", "run", "eval")
 
 
 def add_process_options(verb: argparse.ArgumentParser) -> None:

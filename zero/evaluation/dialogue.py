@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from zero.engine import Engine
 from zero.errors import UserError
 from zero.evaluation.perplexity import beginning, exp_or_infinity
 from zero.evaluation.scoring import Scorer, Sequence
+from zero.evaluation.writing import Prompt, Writer
+from zero.generation.sampling import Sampling
 
 MAX_NEW_TOKENS = 32
 _PERSONS = ("Person 1:", "Person 2:")
@@ -131,41 +130,52 @@ def _exchanges(where: str, line: str) -> list[Exchange]:
     return [Exchange(where, (*before, *shown[:index]), said[index]) for index in range(1, len(said), 2)]
 
 
-def evaluate_dialogues(
-    engine: Engine,
-    scorer: Scorer,
-    tokenizer: Any,
-    exchanges: Several[Exchange],
-    num_positions: int | None,
-    counting: Any = None,
-) -> DialogueResult:
-    """Judges a model on answers.
+@dataclass(frozen=True, slots=True)
+class Dialogues:
+    """Answers as the model will read them.
 
-    Scored are the tokens of the answer alone, not the line end after it. Prompts that are too long lose their first
-    lines.
+    Attributes:
+        exchanges: They are of.
+        sequences: To be scored: of each the tokens of the answer alone, not the line end after it.
+        prompts: To be answered, by the end of the line.
+    """
+
+    exchanges: Several[Exchange]
+    sequences: list[Sequence]
+    prompts: list[Prompt]
+
+
+def prepare_dialogues(tokenizer: Any, exchanges: Several[Exchange], num_positions: int | None) -> Dialogues:
+    """Makes token numbers of conversations; prompts that are too long lose their first lines.
 
     Args:
-        engine: of the model.
-        scorer: of the model.
         tokenizer: of the model.
         exchanges: at least one.
         num_positions: most tokens the model reads; None for no limit.
-        counting: the tokenizer whose tokens perplexity is normalised to.
 
     Raises:
         UserError: an answer is longer than what the model reads.
     """
-    sequences, prompts = [], []
-    for exchange in exchanges:
-        sequences.append(_sequence(exchange, tokenizer, num_positions))
-        room = None if num_positions is None else max(num_positions // 2, num_positions - MAX_NEW_TOKENS)
-        prompts.append(_fitting(exchange.lines, tokenizer, room)[0])
-    scores = scorer.scores(sequences)
-    guesses = _answers(engine, tokenizer, prompts, scorer.batch_size, num_positions)
+    sequences = [_sequence(exchange, tokenizer, num_positions) for exchange in exchanges]
+    return Dialogues(exchanges, sequences, [_prompt(exchange, tokenizer, num_positions) for exchange in exchanges])
+
+
+def evaluate_dialogues(scorer: Scorer, writer: Writer, dialogues: Dialogues, counting: Any = None) -> DialogueResult:
+    """Judges a model on answers.
+
+    Args:
+        scorer: of the model.
+        writer: of the model.
+        dialogues: at least one answer.
+        counting: the tokenizer whose tokens perplexity is normalised to.
+    """
+    exchanges = dialogues.exchanges
+    scores = scorer.scores(dialogues.sequences)
+    guesses = [_first_line(text) for text in writer.write(dialogues.prompts)]
     f1 = [unigram_f1(guess, exchange.answer) for guess, exchange in zip(guesses, exchanges, strict=True)]
     return DialogueResult(
         num_answers=len(exchanges),
-        num_tokens=sum(sequence.num_scored for sequence in sequences),
+        num_tokens=sum(sequence.num_scored for sequence in dialogues.sequences),
         loglikelihood=math.fsum(score.loglikelihood for score in scores),
         num_given_tokens=None if counting is None else sum(_count(counting, exchange) for exchange in exchanges),
         unigram_f1=math.fsum(f1) / len(f1),
@@ -207,40 +217,15 @@ def _sequence(exchange: Exchange, tokenizer: Any, num_positions: int | None) -> 
     return Sequence((*prompt, *answer), len(answer))
 
 
-def _answers(
-    engine: Engine, tokenizer: Any, prompts: list[list[int]], batch_size: int, num_positions: int | None
-) -> list[str]:
-    """What the model says, up to the end of the line; in batches of prompts of about the same length."""
-    model: Any = engine.module
-    was_training = model.training
-    engine.eval()
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers = [""] * len(prompts)
-    device = engine.device.torch_device
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        width = max(len(prompts[i]) for i in batch)
-        tokens = torch.full((len(batch), width), int(tokenizer.pad_token_id))
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, i in enumerate(batch):
-            tokens[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, width - len(prompts[i]) :] = 1
-        num_new = MAX_NEW_TOKENS if num_positions is None else min(MAX_NEW_TOKENS, num_positions - width)
-        with torch.no_grad():
-            written = model.generate(
-                input_ids=tokens.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=num_new,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        for row, i in enumerate(batch):
-            answers[i] = _first_line(tokenizer.decode(written[row, width:], skip_special_tokens=True))
-    engine.train(was_training)
-    return answers
+def _prompt(exchange: Exchange, tokenizer: Any, num_positions: int | None) -> Prompt:
+    """What is to be answered, with room for the answer."""
+    room = None if num_positions is None else max(num_positions // 2, num_positions - MAX_NEW_TOKENS)
+    tokens, _ = _fitting(exchange.lines, tokenizer, room)
+    num_new = MAX_NEW_TOKENS if num_positions is None else min(MAX_NEW_TOKENS, num_positions - len(tokens))
+    return Prompt(tokens, Sampling(max_new_tokens=num_new, stop=("\n",)))
 
 
 def _first_line(text: str) -> str:
-    """The answer alone: the model goes on with the next person's line."""
+    """The answer alone, whatever ends its line."""
     lines = text.strip().splitlines()
     return lines[0].strip() if lines else ""

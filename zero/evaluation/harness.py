@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -12,7 +13,13 @@ from zero.data.ids import Frame
 from zero.engine import Engine
 from zero.evaluation.perplexity import beginning, windows
 from zero.evaluation.scoring import Scorer, Sequence
+from zero.evaluation.writing import Prompt, Writer
+from zero.generation.sampling import MOST_STOP_CHARACTERS, MOST_STOPS, Sampling
 
+logger = logging.getLogger("zero")
+
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_READ = {"until", *_LENGTHS, "do_sample", "temperature", "top_p", "top_k", "repetition_penalty"}
 _DEFAULT_NEW_TOKENS = 256
 _DEFAULT_POSITIONS = 2048
 
@@ -22,17 +29,23 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval is optional, and un
 
     Prompts begin as the tokenizer has texts begin (OPT's with ``</s>``); those too long lose their beginning.
 
+    With several ranks each is given all requests, and does its share of them.
+
     Args:
         engine: of the model.
         scorer: of the model.
+        writer: of the model.
         tokenizer: of the model.
         num_positions: most tokens the model reads; None for no limit.
     """
 
-    def __init__(self, engine: Engine, scorer: Scorer, tokenizer: Any, num_positions: int | None) -> None:
+    def __init__(
+        self, engine: Engine, scorer: Scorer, writer: Writer, tokenizer: Any, num_positions: int | None
+    ) -> None:
         super().__init__()
         self._engine = engine
         self._scorer = scorer
+        self._writer = writer
         self.tokenizer = tokenizer
         self._start = [int(token) for token in Frame(tokenizer).start]
         self.max_length = num_positions or _DEFAULT_POSITIONS
@@ -85,29 +98,46 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval is optional, and un
         return found
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each prompt, before the first of the texts that end it."""
-        return [self._write(*request.args) for request in requests]
+        """What the model writes after each prompt, before the first of the texts that end it.
 
-    def _write(self, prompt: str, options: dict[str, Any]) -> str:
-        until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        num_new = min(int(options.get("max_gen_toks", _DEFAULT_NEW_TOKENS)), self.max_length - 1)
-        ids = self.tok_encode(prompt)[-(self.max_length - num_new) :]
-        tokens = torch.tensor([ids], device=self.device)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
-            sampling = {"do_sample": True, "temperature": float(options.get("temperature", 1.0))}
-        model: Any = self._engine.module
-        was_training = model.training
-        self._engine.eval()
-        with torch.no_grad():
-            written = model.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=num_new,
-                pad_token_id=self.tokenizer.pad_token_id,
-                **sampling,
-            )
-        self._engine.train(was_training)
-        text: str = self.tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True)
-        return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
+        Read are ``until``, ``max_gen_toks`` and its other names, ``do_sample``, ``temperature``, ``top_p``, ``top_k`` and
+        ``repetition_penalty``. The nth request draws from seed n.
+        """
+        given = [request.args for request in requests]
+        _warn_of_unread({name for _, options in given for name in options} - _READ)
+        prompts = [self._prompt(prompt, options, seed) for seed, (prompt, options) in enumerate(given)]
+        texts = self._writer.write(prompts)
+        return [_cut(text, _stops(options)) for text, (_, options) in zip(texts, given, strict=True)]
+
+    def _prompt(self, text: str, options: dict[str, Any], seed: int) -> Prompt:
+        asked = next((int(options[name]) for name in _LENGTHS if options.get(name) is not None), _DEFAULT_NEW_TOKENS)
+        num_new = max(1, min(asked, self.max_length - 1))
+        tokens = self.tok_encode(text)[-(self.max_length - num_new) :]
+        # A task may name more, or longer ones, than are looked for while the text is written.
+        stops = tuple(stop for stop in _stops(options) if len(stop) <= MOST_STOP_CHARACTERS)[:MOST_STOPS]
+        return Prompt(tokens, Sampling(max_new_tokens=num_new, stop=stops, seed=seed, **_sampling(options)))
+
+
+def _stops(options: dict[str, Any]) -> list[str]:
+    until = options.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+
+
+def _cut(text: str, stops: list[str]) -> str:
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """As lm-eval means it: without ``do_sample`` a temperature above 0 draws, with it alone that of the model itself."""
+    do_sample, given = options.get("do_sample"), options.get("temperature")
+    temperature = float(given) if given is not None else 1.0 if do_sample else 0.0
+    draws = do_sample is not False and temperature > 0
+    kinds: dict[str, Any] = {"top_p": float, "top_k": int} if draws else {}
+    kinds["repetition_penalty"] = float
+    settings = {name: kind(options[name]) for name, kind in kinds.items() if options.get(name) is not None}
+    return settings | {"temperature": temperature if draws else 0.0}
+
+
+def _warn_of_unread(names: set[str]) -> None:
+    if names:
+        logger.warning("--tasks: settings of generation that are not read here: %s", ", ".join(sorted(names)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from zero.data.ids import Frame, token_ids
@@ -27,6 +27,25 @@ class Text:
 
     where: str
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextWindows:
+    """Texts, cut as the model will read them.
+
+    Attributes:
+        sequences: That score each token once.
+        num_unscored: As of :class:`PerplexityResult`, and so are those below.
+    """
+
+    sequences: list[Sequence]
+    num_unscored: int
+    num_bytes: int
+    num_words: int
+    num_lines: int
+    num_texts: int
+    window: int
+    stride: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +118,13 @@ def check_window(window: int | None, stride: int | None, num_positions: int | No
     return window, stride
 
 
-def text_perplexity(scorer: Scorer, tokenizer: Any, texts: Several[Text], window: int, stride: int) -> PerplexityResult:
-    """Scores texts, each by itself.
+def text_windows(tokenizer: Any, texts: Several[Text], window: int, stride: int) -> TextWindows:
+    """Cuts texts, each by itself.
 
     Before a text stands what the tokenizer puts there, else its token for the beginning or the end of texts: it is read
     and not scored.
 
     Args:
-        scorer: of the model.
         tokenizer: of the model.
         texts: at least one.
         window: most tokens that the model reads at a time.
@@ -127,11 +145,9 @@ def text_perplexity(scorer: Scorer, tokenizer: Any, texts: Several[Text], window
         if len(prefix) + len(ids) <= first:
             raise UserError(f"{text.where}: a single token, and nothing before it to predict it from; give more text")
         pieces += windows((*prefix, *ids), first, window, stride)
-    scores = scorer.scores(pieces)
     whole = [text.text for text in texts]
-    return PerplexityResult(
-        loglikelihood=math.fsum(score.loglikelihood for score in scores),
-        num_tokens=sum(piece.num_scored for piece in pieces),
+    return TextWindows(
+        sequences=pieces,
         num_unscored=num_unscored,
         num_bytes=sum(len(text.encode()) for text in whole),
         num_words=sum(len(text.split()) for text in whole),
@@ -139,6 +155,16 @@ def text_perplexity(scorer: Scorer, tokenizer: Any, texts: Several[Text], window
         num_texts=len(texts),
         window=window,
         stride=stride,
+    )
+
+
+def text_perplexity(scorer: Scorer, texts: TextWindows) -> PerplexityResult:
+    """Scores texts."""
+    counts = {entry.name: getattr(texts, entry.name) for entry in fields(texts) if entry.name != "sequences"}
+    return PerplexityResult(
+        loglikelihood=math.fsum(score.loglikelihood for score in scorer.scores(texts.sequences)),
+        num_tokens=sum(sequence.num_scored for sequence in texts.sequences),
+        **counts,
     )
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from gemini.plan import DoesNotFitError
 from zero.engine import Engine
 from zero.errors import UserError
+from zero.evaluation.shares import Shares
+from zero.likelihoods import most_logits_on, scoring, scoring_inputs
 
 logger = logging.getLogger("zero")
 
-_MOST_LOGITS = 1 << 22
-"""That are float64 at a time: 32 MiB, and as much again for their exponentials."""
+MOST_TOKENS = 1 << 14
+"""Of a batch whose size nobody has said: enough for a model that comes over the link to be computed with as long."""
+_MOST_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,27 +54,54 @@ class Score:
     is_greedy: bool
 
 
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """How much goes through the model at a time.
+
+    Attributes:
+        most_rows: Sequences.
+        most_tokens: Tokens, padding counted; a longer sequence goes alone.
+    """
+
+    most_rows: int = _MOST_ROWS
+    most_tokens: int = MOST_TOKENS
+
+    @classmethod
+    def of(cls, batch_size: int | None) -> BatchLimits:
+        """Of a number of sequences, whatever their length; None: by their tokens."""
+        return cls() if batch_size is None else cls(batch_size, 1 << 62)
+
+    def num_rows(self, num_tokens: int) -> int:
+        """Sequences of so many tokens that go together."""
+        return max(1, min(self.most_rows, self.most_tokens // num_tokens))
+
+
 class Scorer:
     """Scores sequences, longest first, so that a batch that does not fit is met at once.
 
-    A batch that does not fit the device is halved, and so are those after it.
+    A batch that does not fit the device is halved, and so are those after it. With several ranks each has its share of
+    the batches; all must call.
 
     Args:
         engine: made without an optimizer, or with one between two steps.
-        batch_size: sequences at a time.
+        limits: of a batch; of those that the ranks give the least count.
         pad_id: token that fills short sequences of a batch; the model does not look at it.
 
     Attributes:
-        batch_size: as it is by now.
+        most_tokens: of a batch, as it is by now on this rank.
+        num_read: tokens that the model has read, over all ranks.
+        elapsed_s: in which it did.
     """
 
-    def __init__(self, engine: Engine, batch_size: int, pad_id: int = 0) -> None:
+    def __init__(self, engine: Engine, limits: BatchLimits = BatchLimits(), pad_id: int = 0) -> None:
         self._engine = engine
         self._pad_id = pad_id
-        self.batch_size = batch_size
-        known = inspect.signature(engine.module.forward).parameters
-        self._keeps_few = "logits_to_keep" in known
-        self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+        self._shares = Shares(engine)
+        self._limits = BatchLimits(self._shares.least(limits.most_rows), self._shares.least(limits.most_tokens))
+        self._most_logits = most_logits_on(engine.device)
+        self.most_tokens = self._limits.most_tokens
+        self.num_read = 0
+        self.elapsed_s = 0.0
 
     def scores(self, sequences: Iterable[Sequence]) -> list[Score]:
         """The score of each sequence, in the order given.
@@ -87,69 +116,73 @@ class Scorer:
                 raise UserError(
                     f"{sequence.num_scored} tokens are to be scored, but {sequence.num_read} have one before them"
                 )
-        order = sorted(range(len(given)), key=lambda i: -given[i].num_read)
-        found: list[Score | None] = [None] * len(given)
+        started_s = time.perf_counter()
         module = self._engine.module
         was_training = module.training
         self._engine.eval()
         try:
-            while order:
-                batch, order = order[: self.batch_size], order[self.batch_size :]
-                scores = self._try([given[i] for i in batch])
-                if scores is None:  # halved
-                    order = [*batch, *order]
-                    continue
-                for position, score in zip(batch, scores, strict=True):
-                    found[position] = score
+            mine = [number for batch in self._shares.mine(self._batches(given)) for number in batch]
+            found = self._score_all(given, mine)
         finally:
             self._engine.train(was_training)
-        return [score for score in found if score is not None]
+        scores = self._shares.put_together(found, len(given))
+        self.num_read += sum(sequence.num_read for sequence in given)
+        self.elapsed_s += time.perf_counter() - started_s
+        return [Score(*score) for score in scores]
 
-    def _try(self, batch: list[Sequence]) -> list[Score] | None:
-        """The scores, or None and a smaller batch size."""
+    def _batches(self, given: list[Sequence]) -> list[list[int]]:
+        """The same on all ranks, and where there are enough for each the same as in one process."""
+        order = sorted(range(len(given)), key=lambda i: -given[i].num_read)
+        share = -(-len(order) // self._shares.num_ranks)
+        batches = []
+        while order:
+            num_rows = min(share, self._limits.num_rows(given[order[0]].num_read))
+            batches.append(order[:num_rows])
+            order = order[num_rows:]
+        return batches
+
+    def _score_all(self, given: list[Sequence], order: list[int]) -> dict[int, tuple[float, bool]]:
+        """By number; ``order`` has the longest first."""
+        found: dict[int, tuple[float, bool]] = {}
+        while order:
+            num_tokens = given[order[0]].num_read
+            num_rows = BatchLimits(self._limits.most_rows, self.most_tokens).num_rows(num_tokens)
+            batch = order[:num_rows]
+            scores = self._try([given[number] for number in batch])
+            if scores is not None:
+                found.update(zip(batch, scores, strict=True))
+                order = order[num_rows:]
+        return found
+
+    def _try(self, batch: list[Sequence]) -> list[tuple[float, bool]] | None:
+        """The scores, or None and fewer tokens at a time."""
         try:
-            return list(self._score(batch))
+            return self._score(batch)
         except (torch.OutOfMemoryError, DoesNotFitError):
             if len(batch) == 1:
                 raise
-        self.batch_size = math.ceil(len(batch) / 2)
-        logger.info("%d sequences do not fit the device; %d at a time", len(batch), self.batch_size)
+        num_rows, num_tokens = math.ceil(len(batch) / 2), batch[0].num_read
+        self.most_tokens = num_rows * num_tokens
+        logger.info("%d x %d tokens do not fit the device; %d rows at a time", len(batch), num_tokens, num_rows)
         return None
 
     @torch.no_grad()
-    def _score(self, batch: list[Sequence]) -> Iterator[Score]:
+    def _score(self, batch: list[Sequence]) -> list[tuple[float, bool]]:
         width = max(sequence.num_read for sequence in batch)
         tokens = torch.full((len(batch), width), self._pad_id)
         mask = torch.zeros(len(batch), width, dtype=torch.long)
+        positions, targets = [], []
         for row, sequence in enumerate(batch):
             tokens[row, : sequence.num_read] = torch.tensor(sequence.tokens[:-1])
             mask[row, : sequence.num_read] = 1
-        firsts = [sequence.num_read - sequence.num_scored for sequence in batch]
-        options = dict(self._options)
-        left_out = 0
-        if self._keeps_few and min(firsts):
-            left_out = min(firsts)
-            options["logits_to_keep"] = width - left_out
+            end = row * width + sequence.num_read
+            positions.append(torch.arange(end - sequence.num_scored, end))
+            targets.append(torch.tensor(sequence.tokens[-sequence.num_scored :]))
+        inputs = scoring_inputs(self._engine.module, tokens, mask)
         device = self._engine.device.torch_device
-        logits = self._engine(input_ids=tokens.to(device), attention_mask=mask.to(device), **options).logits
-        if logits.shape[1] == width:  # the model has computed all the same
-            left_out = 0
-        for row, (sequence, first) in enumerate(zip(batch, firsts, strict=True)):
-            targets = torch.tensor(sequence.tokens[first + 1 :], device=logits.device)
-            yield _score_of(logits[row, first - left_out : sequence.num_read - left_out], targets)
-
-
-def _score_of(logits: torch.Tensor, targets: torch.Tensor) -> Score:
-    """Of one sequence.
-
-    Args:
-        logits: [tokens, vocabulary].
-        targets: [tokens].
-    """
-    num_rows = max(1, _MOST_LOGITS // logits.shape[-1])
-    parts, is_greedy = [], True
-    for rows, wanted in zip(logits.split(num_rows), targets.split(num_rows), strict=True):
-        exact = rows.double()
-        parts += (exact.gather(1, wanted[:, None])[:, 0] - exact.logsumexp(1)).tolist()
-        is_greedy = is_greedy and bool((rows.argmax(1) == wanted).all())
-    return Score(math.fsum(parts), is_greedy)
+        wanted = (torch.cat(positions).to(device), torch.cat(targets).to(device))
+        with scoring(self._engine.module, *wanted, self._most_logits):
+            found = self._engine(**inputs)
+        lengths = [sequence.num_scored for sequence in batch]
+        values, are_likeliest = found.values.cpu().split(lengths), found.are_likeliest.cpu().split(lengths)
+        return [(math.fsum(some.tolist()), bool(are.all())) for some, are in zip(values, are_likeliest, strict=True)]

@@ -12,6 +12,7 @@ from typing import Any
 from zero.engine import Engine
 from zero.errors import UserError
 from zero.evaluation.scoring import Scorer
+from zero.evaluation.writing import Writer
 
 PAPER_TASKS = {
     "HellaSwag": "hellaswag",
@@ -136,7 +137,9 @@ def _manager(folder: Path | None) -> Any:
     return TaskManager(include_path=None if folder is None else str(folder))
 
 
-def run_tasks(engine: Engine, scorer: Scorer, tokenizer: Any, num_positions: int | None, wish: TaskWish) -> TasksResult:
+def run_tasks(
+    engine: Engine, scorer: Scorer, writer: Writer, tokenizer: Any, num_positions: int | None, wish: TaskWish
+) -> TasksResult:
     """Runs tasks through lm-eval on a model that an engine manages.
 
     Raises:
@@ -147,7 +150,7 @@ def run_tasks(engine: Engine, scorer: Scorer, tokenizer: Any, num_positions: int
 
     from zero.evaluation.harness import EngineLM
 
-    model = EngineLM(engine, scorer, tokenizer, num_positions)
+    model = EngineLM(engine, scorer, writer, tokenizer, num_positions)
     try:
         found = lm_eval.simple_evaluate(
             model=model,
