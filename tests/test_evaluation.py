@@ -362,11 +362,11 @@ class TestReferences:
         assert {reference.model for reference in references.of_dialogue("OPT-125M")} == {"OPT-175B"}
 
     def test_they_stand_beside_the_result(self) -> None:
-        from zero.cli.evaluate import _perplexity_rows
+        from zero.cli.evaluation_tables import perplexity_rows
         from zero.evaluation.perplexity import PerplexityResult
 
         result = PerplexityResult(-20.0, 10, 0, 30, 8, 2, 1, 2048, 2048)
-        rows = _perplexity_rows(result, False, references.of_wikitext2("OPT-125M"))
+        rows = perplexity_rows(result, False, references.of_wikitext2("OPT-125M"))
         assert any("27.65 (OPT-125M: Frantar" in published for _, _, published in rows)
 
 

@@ -105,6 +105,55 @@ class TestAdapter:
         assert first not in ours.generate_until([request("The", {"until": [first], "max_gen_toks": 6})])[0]
         engine.close()
 
+    def test_many_texts_are_written_as_lm_evals_own_model_writes_them(self, run: Path) -> None:
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+        tokenizer = AutoTokenizer.from_pretrained(run / "model")
+        theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=32, device="cpu")
+        options = [
+            {"until": ["\n"], "max_gen_toks": 6},
+            {"until": "e", "max_new_tokens": 9, "do_sample": False, "temperature": 0.0},
+            {"until": [], "max_tokens": 3},
+            {"max_gen_toks": 4, "temperature": 0.0, "top_p": 0.5},
+            {"until": ["zz", "\n\n"], "max_gen_toks": 8, "do_sample": False, "repetition_penalty": 1.4},
+        ]
+        texts = ["The", "It was a bright cold day in", "x " * 60, "One"]
+        requests = [request(text, dict(option)) for option in options for text in texts]
+        expected = theirs.generate_until(requests, disable_tqdm=True)
+        ours, engine = adapter(model.requires_grad_(False), tokenizer)
+        found = ours.generate_until(requests)
+        engine.close()
+        # Ours never end in half a character.
+        assert found == [text.rstrip("\ufffd") for text in expected]
+
+    def test_what_is_drawn_is_each_requests_own(self, run: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(run / "model").eval().requires_grad_(False)
+        ours, engine = adapter(model, AutoTokenizer.from_pretrained(run / "model"))
+        drawn = [request("The", option) for option in ({"do_sample": True}, {"temperature": 0.8}, {"temperature": 0.8})]
+        first = ours.generate_until(drawn)
+        assert ours.generate_until(drawn) == first, "the same again"
+        assert first[1] != first[2], "the same prompt twice"
+        greedy = ours.generate_until([request("The", {"do_sample": False, "temperature": 0.8}), request("The", {})])
+        assert greedy[0] == greedy[1] != first[0]
+        engine.close()
+
+    def test_any_number_of_stops_of_any_length(self, run: Path, caplog: pytest.LogCaptureFixture) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(run / "model").eval().requires_grad_(False)
+        ours, engine = adapter(model, AutoTokenizer.from_pretrained(run / "model"))
+        (text,) = ours.generate_until([request("The", {"max_gen_toks": 12})])
+        stops = [*(f"never {i}" for i in range(20)), "x" * 300, text[3:6], ""]
+        (cut,) = ours.generate_until([request("The", {"max_gen_toks": 12, "until": stops, "num_beams": 1})])
+        engine.close()
+        assert len(text) > 6
+        assert cut == text[: text.find(text[3:6])]
+        assert "not read here: num_beams" in caplog.text
+
     def test_rolling_scores_each_token_once(self, run: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

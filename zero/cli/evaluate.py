@@ -11,8 +11,16 @@ from typing import Any
 
 from gemini.device import Device
 from gemini.plan import DoesNotFitError
-from gemini.units import format_bytes
 from zero import world
+from zero.cli.evaluation_tables import (
+    Row,
+    dialogue_rows,
+    figure_rows,
+    perplexity_json,
+    perplexity_rows,
+    run_figures,
+    task_rows,
+)
 from zero.config.loading import load_config
 from zero.config.schema import Config
 from zero.data.readers import read_txt, reader_for
@@ -23,14 +31,12 @@ from zero.engine import Engine
 from zero.errors import UserError
 from zero.evaluation import references
 from zero.evaluation.dialogue import (
-    DialogueResult,
     Dialogues,
     evaluate_dialogues,
     prepare_dialogues,
     read_dialogues,
 )
 from zero.evaluation.perplexity import (
-    PerplexityResult,
     Text,
     TextWindows,
     check_window,
@@ -38,7 +44,7 @@ from zero.evaluation.perplexity import (
     text_windows,
 )
 from zero.evaluation.scoring import BatchLimits, Scorer, Sequence
-from zero.evaluation.tasks import TasksResult, TaskWish, check_tasks, run_tasks, task_names
+from zero.evaluation.tasks import TaskWish, check_tasks, run_tasks, task_names
 from zero.evaluation.writing import Writer
 from zero.inference import make_inference_engine
 from zero.likelihoods import most_logits_on
@@ -52,8 +58,6 @@ from zero.run_folder import MODEL_FOLDER
 from zero.setup import make_device
 
 logger = logging.getLogger("zero")
-
-Row = tuple[str, str, str]
 
 _TASK_TOKENS = 1024
 """Of the longest prompt of a task that is planned for: lm-eval makes prompts once the model is there."""
@@ -142,14 +146,18 @@ class _Evaluation:
         if meter is not None:
             meter.start()
         try:
-            rows, found, figures = self._evaluate(device)
+            rows, found = self._evaluate(device)
             used = None if meter is None else self._cost(meter)
         finally:
             if meter is not None:
                 meter.stop()
         if not self._ranks.is_first:
             return None
-        lines = [text_columns([("what", "here", "published"), *rows]), "", values_text(figures)]
+        lines = [
+            text_columns([("what", "here", "published"), *rows]),
+            "",
+            values_text(figure_rows(found["run"], self._ranks.size)),
+        ]
         if used is not None:
             found["cost"] = used.as_json()
             lines += ["", values_text(used.rows())]
@@ -162,7 +170,7 @@ class _Evaluation:
         readings = self._ranks.gather(meter.read().as_json(), "adding up energy")
         return cost_of(combined([Reading.from_json(reading) for reading in readings]), self._config.cost)
 
-    def _evaluate(self, device: Device) -> tuple[list[Row], dict[str, Any], list[tuple[str, str]]]:
+    def _evaluate(self, device: Device) -> tuple[list[Row], dict[str, Any]]:
         engine, limits = self._open(device)
         found: dict[str, Any] = {"model": self._config.model.name_or_path, "size": self._size}
         rows: list[Row] = []
@@ -175,10 +183,10 @@ class _Evaluation:
                 rows += self._dialogue(scorer, writer, self._dialogues, found)
             if self._wish is not None:
                 rows += self._tasks(engine, scorer, writer, self._wish, found)
-            figures = self._figures(engine, scorer, writer, found)
+            found["run"] = run_figures(engine, scorer, writer)
         finally:
             engine.close(keep_values=False)
-        return rows, found, figures
+        return rows, found
 
     def _open(self, device: Device) -> tuple[Engine, BatchLimits]:
         """The model on the device, and how much of it may go through at a time.
@@ -213,40 +221,11 @@ class _Evaluation:
         known = max((sequence.num_read for sequence in self._sequences), default=1)
         return known if self._wish is None else max(known, min(self._num_positions or _TASK_TOKENS, _TASK_TOKENS))
 
-    def _figures(self, engine: Engine, scorer: Scorer, writer: Writer, found: dict[str, Any]) -> list[tuple[str, str]]:
-        """Speed and memory, as names and values."""
-        rows = []
-        for name, number, elapsed_s in (
-            ("read", scorer.num_read, scorer.elapsed_s),
-            ("written", writer.num_new, writer.elapsed_s),
-        ):
-            if number:
-                found[f"{name}_tokens_per_s"] = number / elapsed_s
-                rows.append((f"speed, {name}", f"{number / elapsed_s:,.0f} tokens/s, {elapsed_s:.1f} s in all"))
-        report, predicted_bytes = engine.memory_report(), engine.plan.predicted_device_peak_bytes
-        found["memory"] = {
-            "device_capacity_bytes": report.device_capacity_bytes,
-            "device_peak_bytes": report.device_peak_bytes,
-            "host_bytes": report.host_bytes,
-            "pinned_bytes": report.pinned_bytes,
-        }
-        rows.append(("device capacity", format_bytes(report.device_capacity_bytes)))
-        if predicted_bytes:
-            rows.append(("device peak, predicted", format_bytes(predicted_bytes)))
-        pinned = f"of it pinned {format_bytes(report.pinned_bytes)}"
-        rows += [
-            ("device peak, measured", format_bytes(report.device_peak_bytes)),
-            ("host", f"{format_bytes(report.host_bytes)}, {pinned}"),
-        ]
-        if self._ranks.size > 1:
-            rows.append(("ranks", f"{self._ranks.size}; figures of memory are rank 0's"))
-        return rows
-
     def _perplexity(self, scorer: Scorer, texts: TextWindows, found: dict[str, Any]) -> list[Row]:
         result = text_perplexity(scorer, texts)
         reference = references.of_wikitext2(self._size)
-        found["perplexity"] = _perplexity_json(result) | {"reference": reference and asdict(reference)}
-        return _perplexity_rows(result, self._arguments.per_word, reference)
+        found["perplexity"] = perplexity_json(result) | {"reference": reference and asdict(reference)}
+        return perplexity_rows(result, self._arguments.per_word, reference)
 
     def _dialogue(self, scorer: Scorer, writer: Writer, dialogues: Dialogues, found: dict[str, Any]) -> list[Row]:
         result = evaluate_dialogues(scorer, writer, dialogues, self._counting)
@@ -256,21 +235,14 @@ class _Evaluation:
             "normalised_perplexity": result.normalised_perplexity,
             "references": [asdict(reference) for reference in published],
         }
-        return _dialogue_rows(result, published)
+        return dialogue_rows(result, published)
 
     def _tasks(
         self, engine: Engine, scorer: Scorer, writer: Writer, wish: TaskWish, found: dict[str, Any]
     ) -> list[Row]:
         result = run_tasks(engine, scorer, writer, self._tokenizer, self._num_positions, wish)
         found["tasks"] = asdict(result)
-        rows = []
-        for score in result.scores:
-            reference = references.of_task(self._size, score.task, score.metric, wish.num_shots or 0)
-            is_share = score.metric not in ("perplexity", "word_perplexity", "bits_per_byte")
-            value = f"{100 * score.value:.1f} %" if is_share else f"{score.value:.3f}"
-            error = "" if score.error is None else f" +- {100 * score.error if is_share else score.error:.1f}"
-            rows.append((f"{score.task}, {score.metric}", value + error, _published(reference)))
-        return [*rows, *_average_rows(result)]
+        return task_rows(result, self._size)
 
 
 def _texts_of_file(name: str) -> list[Text]:
@@ -293,12 +265,6 @@ def _plain_texts(records: RecordSet, what: str) -> list[Text]:
     return texts
 
 
-def _average_rows(result: TasksResult) -> list[Row]:
-    if result.average is None:
-        return []
-    return [("14-task average", f"{100 * result.average:.1f} %", "")]
-
-
 def _task_wish(arguments: argparse.Namespace) -> TaskWish | None:
     if arguments.tasks is None:
         return None
@@ -311,48 +277,6 @@ def _task_wish(arguments: argparse.Namespace) -> TaskWish | None:
         raise UserError("--tasks: no task named")
     check_tasks(wish)
     return wish
-
-
-def _perplexity_json(result: PerplexityResult) -> dict[str, Any]:
-    return asdict(result) | {
-        "nats_per_token": result.nats_per_token,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "word_perplexity": result.word_perplexity,
-    }
-
-
-def _perplexity_rows(result: PerplexityResult, words: bool, reference: references.Reference | None) -> list[Row]:
-    texts = "1 text" if result.num_texts == 1 else f"{result.num_texts} texts"
-    context = f"{texts}, window {result.window}, stride {result.stride}"
-    unscored = f" ({result.num_unscored} first tokens not scored)" if result.num_unscored else ""
-    rows = [
-        ("tokens", f"{result.num_tokens:,}{unscored}; {context}", ""),
-        ("nats per token", f"{result.nats_per_token:.4f}", ""),
-        ("perplexity", f"{result.perplexity:.3f}", _published(reference, named=True)),
-        ("bits per byte", f"{result.bits_per_byte:.4f}", ""),
-    ]
-    if words:
-        counted = f"{result.num_words:,} words and {result.num_lines:,} line ends"
-        rows.append(("perplexity per word", f"{result.word_perplexity:.2f} ({counted})", ""))
-    return rows
-
-
-def _dialogue_rows(result: DialogueResult, published: list[references.Reference]) -> list[Row]:
-    rows = [
-        ("answers", f"{result.num_answers:,}, {result.num_tokens:,} tokens", ""),
-        ("dialogue perplexity", f"{result.perplexity:.3f}", ""),
-    ]
-    if result.normalised_perplexity is not None:
-        rows.append(("the same, normalised", f"{result.normalised_perplexity:.3f}", ""))
-    rows.append(("unigram F1", f"{result.unigram_f1:.3f}", ""))
-    return [*rows, *((reference.what, "", reference.text) for reference in published)]
-
-
-def _published(reference: references.Reference | None, named: bool = False) -> str:
-    if reference is None:
-        return ""
-    return f"{reference.what}: {reference.text}" if named else reference.text
 
 
 def _writable(path: Path) -> Path:
