@@ -1,15 +1,15 @@
 #!/bin/bash
 # Everything a real accelerator must show, in parts of at most nine minutes each.
 #
-#   [WHEELS=FOLDER] [PYTHON=python3] benchmarks/gpu.sh correctness|probe|grid|peers [OUT]
+#   [WHEELS=FOLDER] [PYTHON=python3] benchmarks/gpu.sh correctness|probe|grid|peers|generation [OUT]
 #
 # Runs from a checkout; nothing is downloaded. PYTHON must have torch >= 2.11, transformers >= 5, pytest and what the
-# project needs beside them (psutil, pydantic, pyyaml, rich). What it lacks can come from WHEELS, a folder of wheels, for
+# project needs beside them (psutil, pydantic, pyyaml, rich); generation needs accelerate, too. What it lacks can come from WHEELS, a folder of wheels, for
 # pydantic those of pydantic, pydantic_core, annotated_types and typing_inspection; DeepSpeed's, with hjson's, are seen by
 # its own runs alone. Raw results go to OUT (default: benchmarks/results/NAME OF THE DEVICE). The exit status is that of
 # what was run.
 set -uo pipefail
-part=${1:?correctness, probe, grid or peers}
+part=${1:?correctness, probe, grid, peers or generation}
 [ $# -lt 2 ] || out=$(realpath -m "$2")
 [ -z "${WHEELS:-}" ] || WHEELS=$(realpath "$WHEELS") || exit 2
 cd "$(dirname "$0")/.." || exit 2
@@ -57,6 +57,12 @@ probe)
   ;;
 grid) keep 530 grid.txt "$python" benchmarks/gpu_grid.py --out "$out" --systems ours ;;
 peers) keep 530 peers.txt "$python" benchmarks/gpu_grid.py --out "$out" --systems fsdp2 deepspeed resident ;;
-*) echo "unknown part $part: correctness, probe, grid or peers" >&2; exit 2 ;;
+generation)
+  keep 220 generation-1.3b.txt "$python" benchmarks/generation.py --device cuda --out "$out/generation-1.3b" \
+    --shapes opt-1.3b --seconds 210
+  keep 310 generation-6.7b.txt "$python" benchmarks/generation.py --device cuda --out "$out/generation-6.7b" \
+    --shapes opt-6.7b --rounds 1 --seconds 300
+  ;;
+*) echo "unknown part $part: correctness, probe, grid, peers or generation" >&2; exit 2 ;;
 esac
 exit $status

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
+
+from gemini.profile import NAMED
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
@@ -204,6 +208,7 @@ def run_gpu_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[
         ("probe", "cpu_adamw", "cpu_adamw.txt"),
         ("grid", "gpu_grid", "grid.txt"),
         ("peers", "deepspeed", "peers.txt"),
+        ("generation", "opt-6.7b", "generation-6.7b.txt"),
     ],
 )
 def test_a_part_that_fails_on_the_gpu_says_so(
@@ -231,3 +236,84 @@ def test_wheels_come_along_and_deepspeed_is_seen_by_its_own_runs_alone(
     assert peers == installs[1][0]
     assert not Path(peers).parent.exists()
     assert run_gpu_script("grid", "pip", WHEELS="wheels").returncode == 3
+
+
+@pytest.fixture
+def generation(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The scripts of the comparison with accelerate, as modules."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = ("generation", "generation_systems", "generation_limits")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+def generation_job(system: str, tier: str, folder: Path) -> dict[str, Any]:
+    """A tiny model on a device for two thirds of it."""
+    job = {"round": 0, "system": system, "shape": "tiny", "tier": tier, "device": "simulated", "dtype": "fp32"}
+    return job | {
+        "capacity_bytes": 640 << 10,
+        "prompt": 12,
+        "new": 4,
+        "batches": [1, 2, 64],
+        "repeats": 1,
+        "folder": str(folder),
+    }
+
+
+@pytest.mark.parametrize("tier", ["host", pytest.param("disk", marks=pytest.mark.full)])
+def test_accelerate_generates_on_the_simulated_device_what_ours_does(
+    generation: Any, tmp_path: Path, tier: str
+) -> None:
+    """Its hooks bring what its map leaves out, within the same capacity; what does not fit is a row that says so."""
+    rows = []
+    for system in ("ours", "accelerate"):
+        job = generation_job(system, tier, tmp_path)
+        rows += [job | row for row in generation.generation_systems.measure(job)]
+    assert [bool(row.get("error")) for row in rows] == [False, False, True] * 2
+    model = generation.generation_systems.make_model("tiny", "fp32")
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    for row in rows[3:5]:
+        assert row["link_bytes_per_pass"] == model_bytes - row["resident_bytes"] > 0
+    for row in (*rows[:2], *rows[3:5]):
+        assert row["resident_bytes"] < row["device_peak_bytes"] <= row["capacity_bytes"]
+        assert row["virtual_tokens_per_s"] > 0
+        assert len(row["tokens"]) == row["batch"]
+    summary = generation.generation.summarise(rows)
+    assert [(row["kind"], row["system"]) for row in summary[::2]] == [("batch 1", "ours"), ("tuned", "ours")]
+    assert {row["same_tokens"] for row in summary} == {1.0}
+    assert len({token for row in rows[3:5] for tokens in row["tokens"] for token in tokens}) > 1
+    assert generation.generation.as_table(summary).count("\n") == 2 + len(summary)
+
+
+def test_what_is_computed_of_generation_holds_offloaded_bytes_against_the_link(generation: Any) -> None:
+    from transformers import OPTForCausalLM
+
+    systems, limits = generation.generation_systems, generation.generation_limits
+    facts, (need,) = systems.walk_through("tiny", "bf16", [systems.generation_of(2, 12, 4)])
+    with torch.device("meta"):
+        model = OPTForCausalLM(systems.opt_config("tiny")).to(torch.bfloat16)
+    profile = dataclasses.replace(NAMED["rtx3090"], capacity_bytes=360 << 10)
+    ours = limits.ours("tiny", profile, facts, need)
+    peers = limits.peers("tiny", profile, facts, need, model)
+    assert peers.resident_bytes + peers.link_bytes_per_pass == sum(parameter.nbytes for parameter in model.parameters())
+    assert 2 / peers.tokens_per_s > peers.link_bytes_per_pass / (limits.PAGEABLE * profile.h2d_bytes_per_s)
+    assert ours.resident_bytes > 0
+    assert limits.ours("tiny", dataclasses.replace(profile, capacity_bytes=4 << 10), facts, need) is None
+
+
+@pytest.mark.full
+def test_the_command_beside_accelerate_writes_its_tables(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "generation.py"), "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--shapes", "tiny", "--rounds", "1", "--tiers", "host"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"generation.csv", "generation.md", "generation.png"}
+    rows = list(csv.DictReader((tmp_path / "generation.csv").open(encoding="utf-8")))
+    assert [(row["system"], row["batch"], row["error"]) for row in rows] == [
+        (system, batch, "") for system in ("ours", "accelerate") for batch in ("1", "2")
+    ]
