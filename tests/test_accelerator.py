@@ -166,7 +166,7 @@ OVERLAPS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.full), "fp32"])
 @pytest.mark.parametrize("where", DEVICES)
 @pytest.mark.usefixtures("_repeats_to_the_bit")
 def test_overlap_changes_no_bit(where: str, dtype: str) -> None:

@@ -114,6 +114,7 @@ def test_the_command_writes_its_tables(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"runs.jsonl", "peers.csv", "peers.md", "peers.png"}
 
 
+@pytest.mark.full
 def test_the_grid_for_accelerators_runs_on_the_simulated_one(tmp_path: Path) -> None:
     command = [
         sys.executable,

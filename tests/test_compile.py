@@ -60,7 +60,7 @@ def _train(make: Any, compiled: bool, device: dict[str, Any], checkpointing: boo
     [
         (_llama, "cpu", False, "aot_eager"),
         (_llama, "cpu", True, "aot_eager"),
-        (_gpt2, "cpu", False, "aot_eager"),
+        pytest.param(_gpt2, "cpu", False, "aot_eager", marks=pytest.mark.full),
         (_llama, "simulated", False, "aot_eager"),
         pytest.param(_llama, "cpu", False, "inductor", marks=pytest.mark.full),
     ],
@@ -181,7 +181,7 @@ def test_dropout_goes_by_the_mode_of_the_moment(monkeypatch: pytest.MonkeyPatch)
     engine.close()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.full), "after"])
 def test_hooks_inside_of_a_block_run(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counting = _Counting(monkeypatch)
     model, other = _pair()

@@ -133,7 +133,7 @@ def overlapped(accumulation: int, pieces_on_way: int | None, prefetch: int | str
     return digest(engine.module.state_dict()), loss
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(3, marks=pytest.mark.full)])
 def test_no_bit_depends_on_what_goes_on_beside_the_program(accumulation: int) -> None:
     plain = run_ranks(overlapped, 2, accumulation, 0, 0, 1 << 21)
     # Pieces of 64 elements a rank: many of them, most of which are on their way together.

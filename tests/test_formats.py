@@ -456,7 +456,9 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("kernel", ["torch", pytest.param("native", marks=pytest.mark.full)])
-@pytest.mark.parametrize("state", ["split", pytest.param("bf16", marks=pytest.mark.full), "8bit"])
+@pytest.mark.parametrize(
+    "state", ["split", *(pytest.param(state, marks=pytest.mark.full) for state in ("bf16", "8bit"))]
+)
 def test_ranks_do_as_one_process(state: str, kernel: str, tmp_path: Path) -> None:
     reference = "fp32" if state == "split" else state
     alone = run_ranks(train_on_rank, 1, reference, kernel, str(tmp_path / "one"), own_group=False)[0]

@@ -189,6 +189,7 @@ def test_saved_activations_on_the_host_and_a_loss_in_pieces(checkpointing: str) 
     assert peak_bytes <= 1.05 * report.predicted_device_peak_bytes
 
 
+@pytest.mark.full
 def test_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr("zero.compiling.torch.compile", functools.partial(torch.compile, backend="aot_eager"))

@@ -68,6 +68,7 @@ class TestReport:
         assert "rtx2060" in table, "the next larger than 2 MiB"
         assert said.rstrip().endswith("it fits")
 
+    @pytest.mark.full
     def test_a_reader_who_leaves_early_sees_no_traceback(self, tmp_path: Path) -> None:
         words = [sys.executable, "-m", "zero", "plan", write_config(tmp_path), "--on", "rtx3090", *SMALL]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -88,7 +88,7 @@ def _trained_but_never_read() -> tuple[list[ChunkFacts], Trace, int, HardwarePro
 
 @given(case=cases())
 @example(case=_trained_but_never_read())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_auto_is_never_predicted_slower_than_a_fixed_policy_that_fits(
     case: tuple[list[ChunkFacts], Trace, int, HardwareProfile],
 ) -> None:

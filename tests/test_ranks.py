@@ -64,14 +64,14 @@ def test_every_policy(policy: str, num_ranks: int) -> None:
     assert ranks[0]["num_apart"] == 0
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("clip", [pytest.param(None, marks=pytest.mark.full), 1.0])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("policy", [pytest.param(None, marks=pytest.mark.full), "auto"])
 def test_accumulation_and_clipping(accumulation: int, clip: float | None, policy: str | None) -> None:
     _compare(2, "opt", _config(policy, clip), accumulation=accumulation)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.full)])
 @pytest.mark.parametrize("policy", [None, "auto", pytest.param("cpu", marks=pytest.mark.full)])
 def test_parameters_that_only_some_ranks_use(policy: str | None, num_ranks: int) -> None:
     ranks = _compare(num_ranks, "one-sided", _config(policy))
