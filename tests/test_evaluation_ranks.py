@@ -54,8 +54,7 @@ def _evaluate(device: str, num: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("num", [12, 11, 1], ids=["as many for each", "an uneven number", "one for two"])
+@pytest.mark.parametrize(("device", "num"), [("host", 11), ("small", 12), ("small", 1)])
 def test_ranks_find_what_one_process_does(device: str, num: int) -> None:
     alone = _evaluate(device, num)
     ranks = run_ranks(_evaluate, 2, device, num)

@@ -181,7 +181,8 @@ def _look_ahead(
             refusal = error
             continue
         if found.asked != wishes.expected:
-            logger.warning(
+            logger.log(
+                logging.INFO if isinstance(found.asked, Scoring) else logging.WARNING,  # whose batches follow the plan
                 "%d x %d tokens may not fit on the device; planned for %d x %d",
                 wishes.expected.rows,
                 wishes.expected.tokens,

@@ -112,7 +112,7 @@ def figure_rows(figures: dict[str, float], num_ranks: int) -> list[tuple[str, st
         return format_bytes(int(figures[name]))
 
     rows = [
-        (f"speed, {what}", f"{figures[name]:,.0f} tokens/s")
+        (f"speed, {what}", f"{figures[name]:{',.0f' if figures[name] >= 100 else '.3g'}} tokens/s")
         for what, name in (("read", "read_tokens_per_s"), ("written", "written_tokens_per_s"))
         if name in figures
     ]
