@@ -315,6 +315,6 @@ def test_the_command_beside_accelerate_writes_its_tables(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"generation.csv", "generation.md", "generation.png"}
     rows = list(csv.DictReader((tmp_path / "generation.csv").open(encoding="utf-8")))
-    assert [(row["system"], row["batch"], row["error"]) for row in rows] == [
+    assert [(row["system"], row["batch"], row.get("error", "")) for row in rows] == [
         (system, batch, "") for system in ("ours", "accelerate") for batch in ("1", "2")
     ]
