@@ -117,15 +117,22 @@ class TestClientsThatLeave:
             assert running.complete(max_tokens=3).status == 200
 
     def test_one_that_does_not_read_its_stream_is_given_up(self) -> None:
-        generator = FakeGenerator(Limits(max_rows=2, max_tokens=256))
-        with serving(generator, max_buffered_pieces=5, deadline_s=1.0) as running:
+        """Long before its deadline, and before all that it has asked for is made."""
+        num_asked = 1 << 19
+        generator = FakeGenerator(Limits(max_rows=2, max_tokens=2 * num_asked), 0.0001)
+        generator.text = "x" * num_asked
+        with serving(generator, max_buffered_pieces=100, deadline_s=60.0) as running:
             host, port = running.url.removeprefix("http://").split(":")
-            with socket.create_connection((host, int(port))) as client:
+            with socket.socket() as client:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                body = json.dumps({"prompt": "a", "max_tokens": 200, "stream": True}).encode()
+                client.connect((host, int(port)))
+                body = json.dumps({"prompt": "a", "max_tokens": num_asked, "stream": True}).encode()
                 head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
                 client.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-                assert running.is_free()
+                until(lambda: running.generator.statistics.num_rows == 1)
+                assert running.is_free(15.0)
+                assert running.generator.statistics.num_new_tokens < num_asked
+                until(lambda: 'status="200"} 1' in running.get("/metrics").text)  # and its place at the gate
 
 
 class TestDeadline:

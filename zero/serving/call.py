@@ -49,6 +49,7 @@ class Call:
         jobs: one per prompt, once submitted.
         error: why it ended without an answer.
         is_abandoned: nobody waits for it any more.
+        is_too_slow: set when the client has left more unread than is kept for it.
         started_s: of the monotonic clock, when it was admitted.
         first_token_s: from then to the first token; None before it.
     """
@@ -58,6 +59,7 @@ class Call:
         self.jobs: list[Job] = []
         self.error: BaseException | None = None
         self.is_abandoned = False
+        self.is_too_slow = asyncio.Event()
         self.started_s = time.monotonic()
         self.first_token_s: float | None = None
         self._loop = asyncio.get_running_loop()
@@ -135,7 +137,7 @@ class Call:
         if not self.wanted.streams or self.is_abandoned:
             return  # the jobs hold the whole of it
         if len(self._pieces) >= self._max_pieces:
-            self.fail(TooSlow())
+            self.is_too_slow.set()
             return
         self._pieces.append((prompt, piece))
         self._changed.set()

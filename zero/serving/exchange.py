@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from zero.serving.call import Call, Wanted
+from zero.serving.call import Call, TooSlow, Wanted
 from zero.serving.gate import CLIENT_LEFT, Receive, Scope, Send, discard, too_large
 from zero.serving.problems import ApiError, of_validation
 from zero.serving.service import Service, as_api_error
@@ -107,7 +107,7 @@ class EventStream(Response):
         """Sends all of it, or as much as the client takes."""
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await _unless_gone(receive, self._copy(send), self._deadline_s)
+            await _unless_gone(receive, self._copy(send), self._deadline_s, self._call.is_too_slow)
         except TimeoutError:  # before OSError, which it is one of
             await self._end_with(send, _too_late(self._service))
         except (_ClientGone, OSError):
@@ -149,24 +149,31 @@ class _ClientGone(Exception):
     """Nobody is there to read the answer."""
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Answer], deadline_s: float) -> Answer:
-    """Waits for work, unless the client leaves or the time passes first.
+async def _unless_gone(
+    receive: Receive, work: Coroutine[Any, Any, Answer], deadline_s: float, is_too_slow: asyncio.Event | None = None
+) -> Answer:
+    """Waits for work, unless the client leaves, falls behind or the time passes first.
 
     Raises:
         _ClientGone: the client has left.
+        TooSlow: it reads too slowly. The work may be waiting for it to read, and would not notice.
         TimeoutError: it is too late.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    lagging = asyncio.ensure_future((is_too_slow or asyncio.Event()).wait())
+    waiting = (working, leaving, lagging)
     try:
         left_s = max(0.0, deadline_s - time.monotonic())
-        done, _ = await asyncio.wait({working, leaving}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         if working in done:
             return working.result()
-        raise _ClientGone() if done else TimeoutError()
+        if leaving in done:
+            raise _ClientGone()
+        raise TooSlow() if done else TimeoutError()
     finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:
