@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -118,6 +119,8 @@ class TestFile:
             ('{"prompt": "a", "max_tokens": 1}', "'max_tokens' is unknown"),
             ('{"prompt": "a", "top_p": 2}', "top_p = 2"),
             ('{"prompt": "a", "n": 0}', "n = 0"),
+            ('{"prompt": "a\\ud800"}', "prompt: not UTF-8 at character 2"),
+            ('{"prompt": "a", "temperature": 1%s}' % ("0" * 400), "must be a finite number"),
         ],
     )
     def test_a_wrong_line_is_named_before_anything_runs(
@@ -131,3 +134,25 @@ class TestFile:
     def test_an_empty_file(self, model: str, tmp_path: Path, capsys: Output) -> None:
         (tmp_path / "in.txt").write_text("\n \n")
         refused(["generate", model, *CAP, "--prompts", str(tmp_path / "in.txt")], capsys, "no prompt is in it")
+
+    def test_an_output_that_nothing_was_written_to_is_not_left(
+        self, model: str, tmp_path: Path, capsys: Output
+    ) -> None:
+        """Else it would be in the way of the next try."""
+        (tmp_path / "in.txt").write_text("The\n")
+        words = ["--prompts", str(tmp_path / "in.txt"), "--out", str(tmp_path / "out")]
+        refused(["generate", model, "--device.type", "simulated", "--device.memory", "1KiB", *words], capsys, "not fit")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("words", [["--prompts"], []], ids=["file", "one"])
+    def test_an_output_that_is_full(
+        self, words: list[str], model: str, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "in.txt").write_text("The\n")
+        with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+            monkeypatch.setattr("sys.stdout", full)
+            code = main(["generate", model, *CAP, *words, *([str(tmp_path / "in.txt")] if words else [])])
+        said = capsys.readouterr().err
+        assert code == 1
+        assert said.rstrip().endswith("zero: stdout: No space left on device")
+        assert "Traceback" not in said

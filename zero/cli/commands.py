@@ -168,9 +168,13 @@ def generate(arguments: argparse.Namespace, rest: list[str]) -> int:
     overrides = parse_overrides(rest)
     _require_tables("zero generate", overrides, _GENERATE_TABLES)
     from zero.cli.generate import generate_texts
+    from zero.cli.prompts import OutputError
 
     config = load_config({"model": {"name_or_path": arguments.model}}, overrides, require=("model",))
-    return generate_texts(config, arguments)
+    try:
+        return generate_texts(config, arguments)
+    except OutputError as error:
+        raise RunFailed(str(error)) from error
 
 
 def serve(arguments: argparse.Namespace, rest: list[str]) -> int:

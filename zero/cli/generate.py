@@ -8,7 +8,7 @@ import math
 import sys
 from typing import Any
 
-from zero.cli.prompts import Prompt, open_output, read_prompts, run_prompts
+from zero.cli.prompts import Prompt, open_output, read_prompts, require_utf8, run_prompts, write_out
 from zero.config.schema import Config
 from zero.errors import UserError
 from zero.generation import Generator, Piece, Sampling, open_generator
@@ -53,19 +53,18 @@ def _continue(generator: Generator, prompt: Prompt, tokenizer: Any) -> None:
     """One prompt: its text comes as it is made, where there is one answer."""
 
     def show(piece: Piece) -> None:
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
+        write_out(sys.stdout, piece.text)
 
     start = tokenizer.decode(prompt.tokens, skip_special_tokens=True)
     job = generator.submit(prompt.tokens, prompt.sampling, prompt.n, show if prompt.n == 1 else None)
     if prompt.n == 1:
-        sys.stdout.write(start)
+        write_out(sys.stdout, start)
     generator.run()
     for choice in job.result():
-        sys.stdout.write("\n" if prompt.n == 1 else f"[{choice.index + 1}] {start}{choice.text}\n")
+        write_out(sys.stdout, "\n" if prompt.n == 1 else f"[{choice.index + 1}] {start}{choice.text}\n")
         for said in choice.logprobs:
             others = "".join(f"  {text!r} {value:.4f}" for _, text, value in said.top)
-            sys.stdout.write(f"{said.logprob:10.4f} {said.text!r}{'  of' if others else ''}{others}\n")
+            write_out(sys.stdout, f"{said.logprob:10.4f} {said.text!r}{'  of' if others else ''}{others}\n")
 
 
 def _one_prompt(arguments: argparse.Namespace, tokenizer: Any, num_positions: int | None) -> Prompt:
@@ -115,14 +114,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--out is for the answers to --prompts FILE; the answer to one --prompt goes to stdout")
     Sampling(**_settings(arguments))
     for text in (arguments.prompt or "", *arguments.stop):
-        _require_utf8("--prompt" if text == arguments.prompt else "--stop", text)
-
-
-def _require_utf8(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name}: not UTF-8 at character {error.start + 1}") from error
+        require_utf8("--prompt" if text == arguments.prompt else "--stop", text)
 
 
 def _num_new_tokens(wanted: int | None, num_given: int, num_positions: int | None) -> int:

@@ -26,6 +26,10 @@ _AHEAD = 4
 """Times as many prompts as may run at a time are handed over before they are needed."""
 
 
+class OutputError(RuntimeError):
+    """Answers cannot be written where they should go: the disk is full, or whoever read has gone."""
+
+
 @dataclass
 class Prompt:
     """One prompt and its settings.
@@ -92,12 +96,25 @@ def _prompt(given: dict[str, Any], settings: dict[str, Any], n: int) -> Prompt:
     num = given.get("n", n)
     if isinstance(num, bool) or not isinstance(num, int) or num < 1:
         raise UserError(f"n = {num!r}: must be a whole number, at least 1")
+    require_utf8("prompt", given["prompt"])  # what JSON can say and no file can hold
     return Prompt(given["prompt"], Sampling(**merged), num, has_length="max_new_tokens" in merged)
+
+
+def require_utf8(name: str, text: str) -> None:
+    """Refuses a text with half of a surrogate pair.
+
+    Raises:
+        UserError: says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: not UTF-8 at character {error.start + 1}") from error
 
 
 @contextlib.contextmanager
 def open_output(path: Path | None) -> Iterator[IO[str]]:
-    """Where the answers go; a new file, or stdout.
+    """Where the answers go; a new file, which is gone again if nothing was written to it, or stdout.
 
     Raises:
         UserError: the file is there already, or cannot be made.
@@ -111,8 +128,28 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
         raise UserError(f"--out {path}: is there already; name another file") from error
     except OSError as error:
         raise UserError(f"--out {path}: {error.strerror or error}") from error
-    with output:
+    try:
         yield output
+    finally:
+        with contextlib.suppress(OSError):  # each line was written out; what could not be has been said
+            output.close()
+        with contextlib.suppress(OSError):
+            if not path.stat().st_size:
+                path.unlink()
+
+
+def write_out(output: IO[str], text: str) -> None:
+    """Writes to stdout or a file, at once.
+
+    Raises:
+        OutputError: it takes no more.
+    """
+    try:
+        output.write(text)
+        output.flush()
+    except OSError as error:
+        name = "stdout" if output is sys.stdout else f"--out {output.name}"
+        raise OutputError(f"{name}: {error.strerror or error}") from error
 
 
 def run_prompts(generator: Generator, prompts: Sequence[Prompt], output: IO[str]) -> int:
@@ -135,8 +172,7 @@ def run_prompts(generator: Generator, prompts: Sequence[Prompt], output: IO[str]
                 prompt, job = running.popleft()
                 line = _line(prompt, job)
                 num_failed += "error" in line
-                output.write(json.dumps(line, ensure_ascii=False) + "\n")
-                output.flush()
+                write_out(output, json.dumps(line, ensure_ascii=False) + "\n")
                 progress.advance(task)
             progress.update(task, speed=f"{generator.statistics.tokens_per_s:.1f} tokens/s")
     statistics = generator.statistics

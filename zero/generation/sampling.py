@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 256
 MOST_LOGPROBS = 100
 MOST_SEED = (1 << 63) - 1
+_MOST_FLOAT = sys.float_info.max  # whole numbers may be larger, and are no floats then
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _require_int(name: str, value: Any, least: int, most: int | None) -> None:
 
 
 def _require_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _MOST_FLOAT:
         raise UserError(f"{name} = {value!r}: must be a finite number")
 
 
