@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections import Counter
@@ -219,6 +220,21 @@ class TestPerplexity:
             ([*text, "--strid", "3"], "--stride"),
         ):
             says(main([*evaluation, *words]), capsys, 2, fragment)
+
+    def test_a_full_disk_takes_neither_what_was_found_nor_what_was_there(
+        self, run: Path, text_file: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def half(path: Path, text: str, encoding: str) -> int:
+            path.write_bytes(text.encode(encoding)[:20])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        out = tmp_path / "out.json"
+        out.write_text("{}")
+        monkeypatch.setattr(Path, "write_text", half)
+        code = main(["eval", str(run / "model"), *CAP, "--text", str(text_file), "--out", str(out)])
+        said = capsys.readouterr()
+        assert (code, "perplexity" in said.out, "No space left on device" in said.err) == (2, True, True)
+        assert (out.read_text(), list(tmp_path.glob(".tmp-*"))) == ("{}", [])
 
 
 class TestScorer:

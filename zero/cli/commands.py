@@ -205,9 +205,7 @@ def evaluate(arguments: argparse.Namespace, rest: list[str]) -> int:
     from zero.launcher import join
 
     join(config)
-    text = evaluate_model(config, arguments)
-    if text is not None:
-        sys.stdout.write(text + "\n")
+    evaluate_model(config, arguments)
     return 0
 
 

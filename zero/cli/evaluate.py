@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import sys
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,16 +66,13 @@ _TASK_TOKENS = 1024
 """Of the longest prompt of a task that is planned for: lm-eval makes prompts once the model is there."""
 
 
-def evaluate_model(config: Config, arguments: argparse.Namespace) -> str | None:
-    """Evaluates what was asked for; returns the tables, and writes ``--out``. All ranks must call it.
-
-    Returns:
-        None on ranks other than the first.
+def evaluate_model(config: Config, arguments: argparse.Namespace) -> None:
+    """Evaluates what was asked for; the first rank prints the tables, and writes ``--out``. All ranks must call it.
 
     Raises:
         UserError: something given cannot be; all of it is looked at before the model is loaded.
     """
-    return _Evaluation(config, arguments).run()
+    _Evaluation(config, arguments).run()
 
 
 def model_of(config: Config) -> Config:
@@ -138,7 +138,7 @@ class _Evaluation:
             return None
         return build_tokenizer(load_config({"model": {"name_or_path": name}}))
 
-    def run(self) -> str | None:
+    def run(self) -> None:
         """Loads the model and does it all."""
         device = make_device(self._config)
         cost = self._config.cost
@@ -152,7 +152,7 @@ class _Evaluation:
             if meter is not None:
                 meter.stop()
         if not self._ranks.is_first:
-            return None
+            return
         lines = [
             text_columns([("what", "here", "published"), *rows]),
             "",
@@ -161,9 +161,9 @@ class _Evaluation:
         if used is not None:
             found["cost"] = used.as_json()
             lines += ["", values_text(used.rows())]
+        sys.stdout.write("\n".join(lines) + "\n")  # first: a full disk does not take what was found
         if self._out is not None:
             _write(self._out, found)
-        return "\n".join(lines)
 
     def _cost(self, meter: EnergyMeter) -> Cost:
         """Of all ranks."""
@@ -280,13 +280,26 @@ def _task_wish(arguments: argparse.Namespace) -> TaskWish | None:
 
 
 def _writable(path: Path) -> Path:
-    if path.is_dir() or not path.resolve().parent.is_dir():
+    folder = path.resolve().parent
+    if path.is_dir() or not folder.is_dir():
         raise UserError(f"--out {path}: a file in a folder that is there is needed")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {path}: nothing can be written in {folder}; name a file in another folder")
     return path
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:
+    """A file is written beside and then put in its place: what was there before stays until the new one is whole."""
+    text, path = json.dumps(jsonable(found), indent=2, allow_nan=False) + "\n", path.resolve()
     try:
-        path.write_text(json.dumps(jsonable(found), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        if path.exists() and not path.is_file():  # a pipe, or /dev/stdout
+            path.write_text(text, encoding="utf-8")
+            return
+        aside = path.with_name(f".tmp-{uuid.uuid4().hex}")
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from error
