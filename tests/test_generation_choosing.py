@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,6 +198,19 @@ class TestText:
         stream = TextStream(lambda t: tokenizer.decode(t, skip_special_tokens=True), tokens[:5])
         before = tokenizer.decode(tokens[:5], skip_special_tokens=True)
         assert before + "".join([*(stream.push(token) for token in tokens[5:]), stream.finish()]) == text
+
+    @given(st.lists(st.sampled_from(["<s>", " ", " a", "b", " c"]), max_size=24), st.integers(1, 8))
+    def test_special_tokens_take_no_space_with_them(self, said: list[str], num_prompt: int) -> None:
+        """Where decoding leaves a space at the very beginning out, as the tokenizers of Llama and Mistral do."""
+        said = ["a", *said]
+
+        def decode(words: Sequence[Any]) -> str:
+            return "".join(said[word] for word in words if said[word] != "<s>").removeprefix(" ")
+
+        prompt, new = range(len(said))[:num_prompt], range(len(said))[num_prompt:]
+        stream = TextStream(decode, prompt)
+        pieces = [*map(stream.push, new), stream.finish()]
+        assert decode(prompt) + "".join(pieces) == decode(range(len(said)))
 
     @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.randoms())
     def test_stops_do_not_depend_on_borders(self, text: str, stops: list[str], source: random.Random) -> None:

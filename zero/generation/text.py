@@ -40,7 +40,10 @@ class TextStream:
                 return ""
             text = _without_half(text)
         fresh = text[self._num_shown :]
-        if is_whole:
+        if is_whole and not fresh:
+            # A special token, which shows nothing: alone it would be no context, and the next token lose its space.
+            self._clean = len(self._tokens)
+        elif is_whole:
             # The tokens since the last whole character stay as context of the next.
             del self._tokens[: self._clean]
             self._clean = len(self._tokens)
