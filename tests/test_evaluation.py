@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -235,6 +236,12 @@ class TestPerplexity:
         said = capsys.readouterr()
         assert (code, "perplexity" in said.out, "No space left on device" in said.err) == (2, True, True)
         assert (out.read_text(), list(tmp_path.glob(".tmp-*"))) == ("{}", [])
+        monkeypatch.undo()
+        with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+            monkeypatch.setattr("sys.stdout", full)
+            with pytest.raises(OSError, match="No space left"):
+                main(["eval", str(run / "model"), *CAP, "--text", str(text_file), "--out", str(out)])
+        assert "perplexity" in json.loads(out.read_text())
 
 
 class TestScorer:

@@ -161,9 +161,12 @@ class _Evaluation:
         if used is not None:
             found["cost"] = used.as_json()
             lines += ["", values_text(used.rows())]
-        sys.stdout.write("\n".join(lines) + "\n")  # first: a full disk does not take what was found
-        if self._out is not None:
-            _write(self._out, found)
+        try:  # neither a full disk nor a reader that has gone takes what was found
+            sys.stdout.write("\n".join(lines) + "\n")
+            sys.stdout.flush()
+        finally:
+            if self._out is not None:
+                _write(self._out, found)
 
     def _cost(self, meter: EnergyMeter) -> Cost:
         """Of all ranks."""
