@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,8 @@ def test_different_work_is_refused() -> None:
         assert "[3, 4]" in said
 
 
-def _command(words: list[str]) -> str | None:
+def _command(words: list[str]) -> str:
+    """What it prints."""
     from zero.cli.evaluate import evaluate_model
     from zero.launcher import join
 
@@ -91,7 +94,9 @@ def _command(words: list[str]) -> str | None:
     )
     join(config)
     zero.ranks.join_ranks(config)
-    return evaluate_model(config, arguments)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluate_model(config, arguments)
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +125,7 @@ def test_the_command_on_ranks(files: tuple[str, list[str]], tmp_path: Path) -> N
     first, second = run_ranks(_command, 2, ["eval", model, *words, "--out", str(out[1])])
     assert "perplexity" in first
     assert "\nranks  " in first
-    assert second is None, "the second rank prints nothing"
+    assert not second, "the second rank prints nothing"
     alone, found = (json.loads(path.read_text()) for path in out)
     _same(found, alone)
     assert found["cost"].keys() == alone["cost"].keys()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +71,52 @@ def _loaded(tmp_path: Path, **options: Any) -> Any:
     plain.save_pretrained(tmp_path / "model")
     builtin_tokenizer(512).save_pretrained(tmp_path / "model")
     return zero.models.load(tmp_path / "model", **({"device": "cpu"} | options))[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_threads_generate_from_one_model(device: str, tmp_path: Path) -> None:
+    plain: Any = opt_pre_norm().eval()
+    memory = "224KiB" if device == "simulated" else None
+    model = _loaded(tmp_path, device=device, memory=memory, tokens=32, rows=2)
+    ids = [torch.randint(4, plain.config.vocab_size, (1, 5 + thread)) for thread in range(4)]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    wanted = [plain.generate(one, **options) for one in ids]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: model.generate(one, **options), ids))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    zero.models.loaded(model).engine.check_integrity()
+
+
+def test_a_second_thread_that_would_train_at_the_same_time_is_refused() -> None:
+    """And the first one's pass goes on as if nothing had been."""
+    torch.manual_seed(0)
+    inner = torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(inner, torch.nn.Linear(4, 1))
+    engine, *_ = zero.initialize(model, torch.optim.SGD(model.parameters(), lr=0.1), config={"device": {"type": "cpu"}})
+    refused: list[BaseException | None] = []
+
+    def disturb(*_: Any) -> None:
+        if not refused:
+            refused.append(None)
+            thread = threading.Thread(target=lambda: refused.append(_error_of(lambda: model(torch.ones(1, 4)))))
+            thread.start()
+            thread.join()
+
+    inner.register_forward_hook(disturb)
+    engine.backward(engine(torch.ones(2, 4)).sum())
+    engine.step()
+    engine.check_integrity()
+    assert "another thread is running the model" in str(refused[1])
+    assert model(torch.ones(1, 4)).isfinite().all()
+    engine.close()
+
+
+def _error_of(call: Callable[[], Any]) -> BaseException | None:
+    try:
+        call()
+    except BaseException as error:
+        return error
+    return None
 
 
 def test_training_takes_a_loaded_model_over_from_its_files(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from zero.direct import DirectUse, SavedNote, inside_backward, written_between
 from zero.errors import UserError
 from zero.gradient import settle_gradient, settle_gradients, take_autograd_gradient, watch_use
 from zero.lazy_logits import LazyHead
+from zero.one_at_a_time import OneAtATime
 from zero.passes import PassPlanner
 from zero.precision import norm_on_arrival
 from zero.units import Unit
@@ -111,6 +112,7 @@ class ModelHooks:
         self._graphs: list[weakref.ref[PendingGraph]] = []
         # Several forwards take turns, in a scope of their own that is depth 1 (zero.window_hooks).
         self._in_window = False
+        self._turn = OneAtATime(root, waits=manager.only_infers)
         self._install()
         self._activations = activations
         # On the host a whole gradient in fp32 would be made anew for each norm.
@@ -187,6 +189,8 @@ class ModelHooks:
         if id(module) not in self._names:
             return None
         moved = None
+        if self._begins_alone(module):
+            self._turn.take()
         if module is self._root and self._depth > self._in_window and not inside_backward():
             self.settle_interrupted_forward()
         if self._depth == 0:
@@ -241,9 +245,14 @@ class ModelHooks:
             return saved_tensors_hooks(self._pack, self._unpack)
         return torch.no_grad() if self._manager.only_infers else contextlib.nullcontext()
 
+    def _begins_alone(self, module: nn.Module) -> bool:
+        """Whether it is the whole model, in a pass that is neither one of several together nor a recomputation."""
+        return module is self._root and not self._in_window and not inside_backward()
+
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         del args, kwargs
-        if self._depth == 0 or id(module) not in self._names:
+        refused = self._begins_alone(module) and not self._turn.is_ours
+        if refused or self._depth == 0 or id(module) not in self._names:
             return  # the pass could not begin; torch calls us all the same
         returned = list(_tensors(output))
         with _ordinary_tensors():

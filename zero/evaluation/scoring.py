@@ -14,6 +14,7 @@ from gemini.plan import DoesNotFitError
 from zero.engine import Engine
 from zero.errors import UserError
 from zero.evaluation.shares import Shares
+from zero.generation.passes import without_traces
 from zero.likelihoods import most_logits_on, scoring, scoring_inputs
 
 logger = logging.getLogger("zero")
@@ -158,9 +159,10 @@ class Scorer:
         """The scores, or None and fewer tokens at a time."""
         try:
             return self._score(batch)
-        except (torch.OutOfMemoryError, DoesNotFitError):
+        except (torch.OutOfMemoryError, DoesNotFitError) as error:
             if len(batch) == 1:
                 raise
+            without_traces(error)  # else what has failed stays on the device until a collection of garbage
         num_rows, num_tokens = math.ceil(len(batch) / 2), batch[0].num_read
         self.most_tokens = num_rows * num_tokens
         logger.info("%d x %d tokens do not fit the device; %d rows at a time", len(batch), num_tokens, num_rows)
