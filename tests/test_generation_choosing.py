@@ -151,6 +151,7 @@ def test_the_last_draw_of_all() -> None:
         ({"top_p": 0}, "top_p = 0: must be above 0"),
         ({"top_p": 1.1}, "top_p = 1.1"),
         ({"repetition_penalty": 0}, "repetition_penalty = 0"),
+        ({"repetition_penalty": 5e-324}, "must be from 0.001 to 1000"),
         ({"repetition_penalty": float("inf")}, "finite"),
         ({"seed": -1}, "seed = -1"),
         ({"seed": 1 << 63}, "seed"),

@@ -9,6 +9,7 @@ from typing import Any
 from zero.errors import UserError
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
+LEAST_PENALTY, MOST_PENALTY = 1e-3, 1e3
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 256
 MOST_LOGPROBS = 100
 MOST_SEED = (1 << 63) - 1
@@ -57,9 +58,9 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1")
         _require_number("repetition_penalty", self.repetition_penalty)
-        if not 0 < self.repetition_penalty <= MOST_TEMPERATURE:
+        if not LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
             raise UserError(
-                f"repetition_penalty = {self.repetition_penalty}: must be above 0 and at most {MOST_TEMPERATURE:g}"
+                f"repetition_penalty = {self.repetition_penalty}: must be from {LEAST_PENALTY} to {MOST_PENALTY:g}"
             )
         if self.seed is not None:
             _require_int("seed", self.seed, 0, MOST_SEED)

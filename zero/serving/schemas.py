@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-_MOST_SEED = (1 << 63) - 1
+from zero.generation.sampling import LEAST_PENALTY, MOST_SEED
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 StopString = Annotated[str, Field(min_length=1, max_length=128)]
@@ -35,10 +35,10 @@ class OpenAIRequest(Strict):
     temperature: float | None = Field(default=None, ge=0, le=2, description="0: the likeliest token; default 1")
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=1 << 20, description="0: off")
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10, description="1: off")
+    repetition_penalty: float | None = Field(default=None, ge=LEAST_PENALTY, le=10, description="1: off")
     n: int | None = Field(default=None, ge=1, le=128)
     stop: Stop | None = None
-    seed: int | None = Field(default=None, ge=0, le=_MOST_SEED)
+    seed: int | None = Field(default=None, ge=0, le=MOST_SEED)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, max_length=512, description="not used and not logged")
