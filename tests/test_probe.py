@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 import zero.probing
 from gemini.device import HostDevice
-from gemini.probe import cache_path, cached_profile, keep_profile, machine_key, probe
+from gemini.probe import _best_s, cache_path, cached_profile, keep_profile, machine_key, probe
 from gemini.profile import NAMED, HardwareProfile, named_profile, neighbours
 from gemini.simulated import SimulatedDevice, StreamOrder
 from zero.cli.main import main
@@ -144,6 +144,33 @@ class TestCache:
         keep_profile("one", dataclasses.replace(HardwareProfile(), measured=True))
         keep_profile("two", dataclasses.replace(HardwareProfile(), measured=True))
         assert cached_profile("one") is not None
+
+
+@pytest.mark.parametrize(
+    ("taken_s", "best_s", "num_runs"),
+    [
+        ((9.0, 0.002, 0.002, 0.002), 0.002, 4),  # the first is not measured
+        ((0.002, 0.03, 0.04, 0.03, 0.002, 0.03, 0.002, 0.002), 0.002, 8),  # others work on the machine
+        ((0.002, *(0.03 / 1.3**i for i in range(100))), 0.03 / 1.3**10, None),  # as long as it gets better
+        ((0.1, 1.0, 2.0, 3.0), 1.0, 4),  # but not for ever
+    ],
+)
+def test_runs_that_differ_are_repeated(
+    taken_s: tuple[float, ...], best_s: float, num_runs: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, left = [0.0], list(taken_s)
+
+    def run() -> None:
+        now_s[0] += left.pop(0)
+
+    monkeypatch.setattr("gemini.probe.time.perf_counter", lambda: now_s[0])
+    found_s = _best_s(run, lambda: None)
+    if num_runs is None:
+        assert found_s <= best_s
+        assert left
+    else:
+        assert found_s == pytest.approx(best_s)
+        assert len(taken_s) - len(left) == num_runs
 
 
 def measure_together() -> tuple[HardwareProfile, HardwareProfile]:
