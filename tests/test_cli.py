@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -487,3 +488,18 @@ class TestRun:
         script = self.script(tmp_path, "raise AssertionError('must not run')")
         refused(main(["run", script, "--nprocs", "0"]), capsys, "--nprocs", "at least 1")
         refused(main(["run", script, "--config", "none.toml"]), capsys, "none.toml", "no such file")
+
+
+@pytest.mark.parametrize(("is_terminal", "name", "value"), [(False, "TQDM_DISABLE", "1"), (True, "TQDM_LEAVE", "")])
+def test_progress_bars_of_libraries_are_for_terminals(
+    is_terminal: bool, name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    for variable in ("TQDM_DISABLE", "TQDM_LEAVE"):
+        monkeypatch.setenv(variable, "")  # so that what main() sets is taken back in the end
+        monkeypatch.delenv(variable)
+    assert main(["validate", "--keys"]) == 0
+    assert {key: os.environ[key] for key in ("TQDM_DISABLE", "TQDM_LEAVE") if key in os.environ} == {name: value}
+    monkeypatch.setenv(name, "the user's")
+    assert main(["validate", "--keys"]) == 0
+    assert os.environ[name] == "the user's"

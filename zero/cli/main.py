@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     # Before torch is loaded: threads that wait for one another by spinning take the core that the other would run on.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _tame_progress_bars()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         place = place_of_rank(words)
@@ -56,6 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"zero: {explained.message}\n")
         return explained.exit_code
+
+
+def _tame_progress_bars() -> None:
+    """Libraries' progress bars are for a terminal, and gone when they are done; a log file gets none.
+
+    tqdm reads this when it is imported. What the user has set stands.
+    """
+    if sys.stderr is not None and sys.stderr.isatty():
+        os.environ.setdefault("TQDM_LEAVE", "")
+    else:
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _perform(words: list[str], rank: int = 0) -> int:
