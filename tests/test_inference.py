@@ -63,6 +63,7 @@ def test_a_pass_fetches_no_more_than_was_said() -> None:
     tokens = torch.tensor([prompts(1, longest=1)[0]])
     assert outlook.device_bytes > 0
     assert outlook.tokens_per_s > 0
+    assert f"about {outlook.tokens_per_s:.3g} tokens/s with 1 row of 32 tokens" in outlook.text
     output = None
     for _ in range(16):
         before_bytes = engine.manager.transfer.h2d_bytes

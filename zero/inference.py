@@ -39,6 +39,7 @@ class Outlook:
         pass_s: predicted seconds of a pass, of one token per row where texts are written; 0 where they are not known.
         num_rows: that share such a pass.
         num_tokens: of each row in such a pass.
+        row_tokens: most that a row has, keys and values of earlier passes included: what such a pass reads back.
         link_s: of them, seconds that the link to the device works.
         disk_s: likewise the disk.
     """
@@ -54,6 +55,7 @@ class Outlook:
     link_s: float = 0.0
     disk_s: float = 0.0
     num_tokens: int = 1
+    row_tokens: int = 1
 
     @property
     def tokens_per_s(self) -> float:
@@ -68,7 +70,7 @@ class Outlook:
         if self.streamed_bytes:
             parts.append(f"{format_bytes(self.streamed_bytes)} fetched in each pass")
         if self.pass_s:
-            rows = f"{self.num_rows} row{'s' if self.num_rows > 1 else ''}"
+            rows = f"{self.num_rows} row{'s' if self.num_rows > 1 else ''} of {self.row_tokens:,} tokens"
             parts.append(f"about {self.tokens_per_s:.3g} tokens/s with {rows}{self._limit}")
         return "; ".join(parts)
 
@@ -213,4 +215,5 @@ def _outlook(engine: Engine, ahead: _Ahead | None, asked: Generation) -> Outlook
         plan.predicted_busy_s.get(IN, 0.0),
         plan.predicted_busy_s.get(DISK, 0.0),
         asked.tokens if isinstance(asked, Scoring) else 1,
+        asked.tokens,
     )
