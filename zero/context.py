@@ -229,6 +229,8 @@ def _why_whole(
     Raises:
         UserError: they are pickles, and nobody said that they are wanted.
     """
+    if any(file.endswith(".gguf") for file in checkpoint_files or ()):
+        return "its values are unpacked from a GGUF file"
     if state_dict is not None or not checkpoint_files:
         return "its values are given, not read from files"
     if not all(file.endswith(".safetensors") for file in checkpoint_files):

@@ -236,11 +236,11 @@ class PassPlanner:
             plan = self._as_it_ran()
         if self._was_planned:
             needed_bytes = max((moment.both_peak_bytes for moment in trace.moments), default=0)
+            taken = format_bytes(self._taken_bytes)
             logger.info(
-                "a pass needed more than those before it (now %s at the highest, beside what stays), or others have taken "
-                "device memory (%s): planned anew",
+                "a pass needed more than those before it (now %s at the highest, beside what stays)%s: planned anew",
                 format_bytes(needed_bytes),
-                format_bytes(self._taken_bytes),
+                f", or others have taken device memory ({taken})" if self._taken_bytes else "",
             )
         self._was_planned = True
         self._manager.apply(plan)
