@@ -70,7 +70,7 @@ def of_validation(error: ValidationError) -> ApiError:
     unknown = False
     for detail in error.errors(include_url=False, include_input=False, include_context=False):
         unknown = unknown or detail["type"] == "extra_forbidden"
-        text = "unknown key" if detail["type"] == "extra_forbidden" else detail["msg"]
+        text = "unknown key" if detail["type"] == "extra_forbidden" else detail["msg"].removeprefix("Value error, ")
         known = problems.setdefault(_key(detail["loc"]), [])
         if text not in known:
             known.append(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from zero.generation.sampling import LEAST_PENALTY, MOST_SEED
 
@@ -42,8 +42,8 @@ class OpenAIRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, max_length=512, description="not used and not logged")
-    presence_penalty: float | None = Field(default=None, ge=0, le=0, description="not offered: 0")
-    frequency_penalty: float | None = Field(default=None, ge=0, le=0, description="not offered: 0")
+    presence_penalty: float | None = Field(default=None, description="not offered: 0")
+    frequency_penalty: float | None = Field(default=None, description="not offered: 0")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -56,6 +56,13 @@ class OpenAIRequest(Strict):
     def wants_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @field_validator("presence_penalty", "frequency_penalty")
+    @classmethod
+    def _nothing_asked_for(cls, penalty: float | None) -> float | None:
+        if penalty:
+            raise ValueError("not offered: leave it out or give 0; repetition_penalty is")
+        return penalty
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> OpenAIRequest:
