@@ -353,7 +353,9 @@ class TestConfig:
         check_codecarbon("auto")
 
     def test_codecarbon_itself(self) -> None:
-        pytest.importorskip("codecarbon", reason='codecarbon is not installed: pip install "gemini-zero[energy]"')
+        pytest.importorskip(
+            "codecarbon", reason='codecarbon is not installed: pip install -c constraints.txt -e ".[energy]"'
+        )
         meter = EnergyMeter(CostSection(energy="codecarbon"))
         reading = meter.read()
         meter.stop()

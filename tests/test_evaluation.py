@@ -409,7 +409,7 @@ class TestTasks:
 
     def test_a_missing_extra_is_said(self, run: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("zero.evaluation.tasks.importlib.util.find_spec", lambda name: None)
-        says(main(["eval", str(run / "model"), "--tasks", "piqa"]), capsys, 2, 'pip install "gemini-zero[eval]"')
+        says(main(["eval", str(run / "model"), "--tasks", "piqa"]), capsys, 2, '-e ".[eval]"')
         says(main(["eval", str(run / "model"), "--tasks", "piqa", "--shots", "-1"]), capsys, 2, "--shots -1")
 
 

@@ -15,7 +15,7 @@ from cli_case import train
 from zero import initialize
 from zero.cli.main import main
 
-pytest.importorskip("lm_eval", reason='lm-eval is not installed: pip install "gemini-zero[eval]"')
+pytest.importorskip("lm_eval", reason='lm-eval is not installed: pip install -c constraints.txt -e ".[eval]"')
 
 Output = pytest.CaptureFixture[str]
 

@@ -69,8 +69,8 @@ def _table() -> dict[str, Any]:
         table: dict[str, Any] = importlib.import_module(_TABLE).MODEL_TYPE_TO_APPLY_LIGER_FN
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f'train.liger = true: {error}; install the extra with pip install "gemini-zero[liger]", or set train.liger = '
-            "false"
+            f'train.liger = true: {error}; install the extra with pip install -c constraints.txt -e ".[liger]" in the '
+            "folder of this project, or set train.liger = false"
         ) from error
     return table
 

@@ -162,7 +162,7 @@ Continues a prompt, or each prompt of a file (--prompts). A model larger than th
         formatter_class=argparse.RawDescriptionHelpFormatter,
         splitter=keys_aside,
     )
-    generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder or name, such as runs/quickstart/model")
+    generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder or name, or a .gguf file")
     generate.add_argument("--prompt", metavar="TEXT", help="text to continue (default: The)")
     generate.add_argument(
         "--prompts", type=Path, metavar="FILE", help='one prompt per line; .jsonl: {"prompt": ..., and settings}'
@@ -204,7 +204,7 @@ requests finish; a second one does not. See docs/serving.md.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         splitter=keys_aside,
     )
-    serve.add_argument("model", metavar="MODEL", help="a config file, or a Hugging Face folder or name")
+    serve.add_argument("model", metavar="MODEL", help="a config file, a Hugging Face folder or name, or a .gguf file")
     serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (8000)")
     serve.add_argument(
@@ -231,7 +231,9 @@ published for OPT models are shown beside those of a model of such a size.""",
         splitter=keys_aside,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("model", metavar="CONFIG|MODEL", help="a config file, or a Hugging Face folder or name")
+    verb.add_argument(
+        "model", metavar="CONFIG|MODEL", help="a config file, a Hugging Face folder or name, or a .gguf file"
+    )
     verb.add_argument("--text", nargs="+", metavar="FILE", help="files with plain text, each scored by itself")
     verb.add_argument("--window", type=int, metavar="N", help="most tokens read at once (all that the model reads)")
     verb.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next (the window)")

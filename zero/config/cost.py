@@ -17,8 +17,8 @@ class CostSection(Section):
 
     energy: Literal["auto", "estimated", "codecarbon", "off"] = "auto"
     """Where energy comes from. `auto` measures what can be read (NVML for NVIDIA cards, RAPL for processors) and estimates
-    the rest; `estimated` reads nothing; `codecarbon` leaves it to that package, without a network (extra: pip install
-    "gemini-zero[energy]"); `off` says nothing."""
+    the rest; `estimated` reads nothing; `codecarbon` leaves it to that package, without a network (extra `energy`:
+    pip install -c constraints.txt -e ".[energy]"); `off` says nothing."""
 
     country: Country | None = None
     """Whose grid supplies the machine, for the CO2e of a kWh. Unset: the world's average."""

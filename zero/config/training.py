@@ -218,9 +218,9 @@ class TrainSection(Section):
     stays as it is."""
 
     liger: bool = False
-    """Compute norms, rotary positions and gated layers with Liger's Triton kernels (extra: pip install
-    "gemini-zero[liger]"): faster, and less memory for activations. Results are those of plain PyTorch up to rounding. Only
-    on a GPU and for the models that Liger knows, which OPT and GPT-2 are not among."""
+    """Compute norms, rotary positions and gated layers with Liger's Triton kernels (extra `liger`:
+    pip install -c constraints.txt -e ".[liger]"): faster, and less memory for activations. Results are those of plain
+    PyTorch up to rounding. Only on a GPU and for the models that Liger knows, which OPT and GPT-2 are not among."""
 
     chunked_loss: bool | Literal["auto"] = "auto"
     """Compute the loss from the last hidden states piece by piece, so that the logits of a large batch are never on the

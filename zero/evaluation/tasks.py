@@ -92,7 +92,9 @@ def require_harness() -> None:
         UserError: with the command that installs it.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError('--tasks needs the package lm-eval: pip install "gemini-zero[eval]"')
+        raise UserError(
+            '--tasks needs the package lm-eval: pip install -c constraints.txt -e ".[eval]" in the folder of this project'
+        )
 
 
 @dataclass(frozen=True, slots=True)

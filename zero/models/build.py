@@ -150,7 +150,10 @@ def _files_of(name: str) -> tuple[str, dict[str, Any]]:
     if path.suffix != ".gguf" or not path.is_file():
         return name, {}
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{name} is a GGUF file, which needs the package gguf: pip install gguf")
+        raise UserError(
+            f'{name} is a GGUF file, which needs the package gguf: pip install -c constraints.txt -e ".[gguf]" in the '
+            "folder of this project"
+        )
     return str(path.parent), {"gguf_file": path.name}
 
 

@@ -20,7 +20,8 @@ def check_codecarbon(energy: str) -> None:
     """
     if energy == "codecarbon" and importlib.util.find_spec("codecarbon") is None:
         raise UserError(
-            'cost.energy = "codecarbon" needs the package codecarbon: pip install "gemini-zero[energy]", or use "auto"'
+            'cost.energy = "codecarbon" needs the package codecarbon: pip install -c constraints.txt -e ".[energy]" in the '
+            'folder of this project, or use "auto"'
         )
 
 
