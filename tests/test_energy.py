@@ -352,7 +352,7 @@ class TestConfig:
             check_codecarbon("codecarbon")
         check_codecarbon("auto")
 
-    def test_codecarbon_itself(self) -> None:
+    def test_codecarbon_itself(self, capfd: pytest.CaptureFixture[str]) -> None:
         pytest.importorskip(
             "codecarbon", reason='codecarbon is not installed: pip install -c constraints.txt -e ".[energy]"'
         )
@@ -361,6 +361,7 @@ class TestConfig:
         meter.stop()
         assert reading.cpu.joules >= 0
         assert "codecarbon" in reading.cpu.method
+        assert "[codecarbon INFO" not in "".join(capfd.readouterr())
 
 
 class TestRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import platform
 from typing import Any
 
@@ -45,6 +46,8 @@ class CodeCarbon:
                 """As codecarbon calls it."""
                 self.total = total
 
+        # Its constructor speaks before it heeds its log_level.
+        logging.getLogger("codecarbon").setLevel(logging.ERROR)
         self._kept = Kept()
         # Said here and not left to codecarbon's own config files, which may name a service to send to.
         self._tracker: Any = OfflineEmissionsTracker(
