@@ -285,5 +285,6 @@ def test_names_under_which_models_are_served(tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     assert served_name("facebook/opt-125m") == "facebook/opt-125m"
     assert served_name("configs/quickstart.toml") == "quickstart"
+    assert served_name("models/SmolLM2-135M.Q4_1.gguf") == "SmolLM2-135M.Q4_1"
     assert served_name(str(tmp_path / "run" / "model")) == "run"
     assert served_name(str(tmp_path / "run")) == "run"

@@ -387,6 +387,9 @@ class TestFolders:
 
     def test_unread_rows_are_checked(self, opt_folder: Path, tmp_path: Path) -> None:
         convert_folder(opt_folder, tmp_path / "gpt2", to="gpt2")
+        modes = {file.name: file.stat().st_mode for file in (tmp_path / "gpt2").glob("*.safetensors")}
+        assert UNREAD_FILE in modes
+        assert len(set(modes.values())) == 1, "whoever may read the model may read it whole"
         for tensors, word in (({"a": torch.zeros(1)}, "only unread"), ({UNREAD_ROWS: torch.zeros(3, 24)}, "shape")):
             save_file(tensors, tmp_path / "gpt2" / UNREAD_FILE)
             with pytest.raises(UserError, match=word):

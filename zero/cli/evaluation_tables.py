@@ -99,6 +99,7 @@ def run_figures(engine: Engine, scorer: Scorer, writer: Writer) -> dict[str, flo
         **{name: number / elapsed_s for name, (number, elapsed_s) in speeds.items() if number},
         "device_capacity_bytes": report.device_capacity_bytes,
         "device_peak_bytes": report.device_peak_bytes,
+        "counts_activations": not engine.device.is_host,
         "predicted_device_peak_bytes": report.predicted_device_peak_bytes,
         "host_bytes": report.host_bytes,
         "pinned_bytes": report.pinned_bytes,
@@ -120,7 +121,10 @@ def figure_rows(figures: dict[str, float], num_ranks: int) -> list[tuple[str, st
     if figures["predicted_device_peak_bytes"]:
         rows.append(("device peak, predicted", amount("predicted_device_peak_bytes")))
     rows += [
-        ("device peak, measured", amount("device_peak_bytes")),
+        (
+            "device peak, measured" if figures["counts_activations"] else "model at the highest",
+            amount("device_peak_bytes"),
+        ),
         ("host", f"{amount('host_bytes')}, of it pinned {amount('pinned_bytes')}"),
     ]
     return rows if num_ranks == 1 else [*rows, ("ranks", f"{num_ranks}; figures of memory are rank 0's")]

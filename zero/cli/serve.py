@@ -76,7 +76,7 @@ def model_of(model: str, overrides: dict[str, Any]) -> Config:
 def served_name(model: str) -> str:
     """What clients call the model: a Hub name as it is; of a file or folder its name, without the way to it."""
     path = Path(model)
-    if path.suffix in _CONFIG_SUFFIXES and not path.is_dir():
+    if path.suffix in (*_CONFIG_SUFFIXES, ".gguf") and not path.is_dir():
         return path.stem
     if not path.is_dir():
         return model

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from zero.errors import UserError
 from zero.export import write_safetensors
@@ -110,7 +110,8 @@ def _without_unread_rows(
     """Lets the weights pass and puts the rows that GPT-2's class has no place for into a file of their own."""
     for name, value in tensors:
         if name == UNREAD_ROWS:
-            save_file({name: value}, folder / UNREAD_FILE, metadata={"format": "pt"})
+            # Not save_file(), whose file only its owner could read.
+            (folder / UNREAD_FILE).write_bytes(save({name: value}, metadata={"format": "pt"}))
         else:
             yield name, value
 
