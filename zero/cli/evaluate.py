@@ -286,7 +286,8 @@ def _writable(path: Path) -> Path:
     folder = path.resolve().parent
     if path.is_dir() or not folder.is_dir():
         raise UserError(f"--out {path}: a file in a folder that is there is needed")
-    if not os.access(folder, os.W_OK):
+    is_file = path.is_file() or not path.exists()  # else a pipe, or /dev/stdout
+    if is_file and not os.access(folder, os.W_OK):
         raise UserError(f"--out {path}: nothing can be written in {folder}; name a file in another folder")
     return path
 
@@ -295,7 +296,7 @@ def _write(path: Path, found: dict[str, Any]) -> None:
     """A file is written beside and then put in its place: what was there before stays until the new one is whole."""
     text, path = json.dumps(jsonable(found), indent=2, allow_nan=False) + "\n", path.resolve()
     try:
-        if path.exists() and not path.is_file():  # a pipe, or /dev/stdout
+        if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
             return
         aside = path.with_name(f".tmp-{uuid.uuid4().hex}")
