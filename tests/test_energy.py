@@ -348,7 +348,7 @@ class TestConfig:
 
     def test_a_missing_extra_is_said_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("zero.report.codecarbon.importlib.util.find_spec", lambda name: None)
-        with pytest.raises(UserError, match="gemini-zero\\[energy\\]"):
+        with pytest.raises(UserError, match=r"-e \"\.\[energy\]\""):
             check_codecarbon("codecarbon")
         check_codecarbon("auto")
 

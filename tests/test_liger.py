@@ -76,7 +76,7 @@ def test_a_model_it_does_not_know_is_refused_by_name(calls, model, said):
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    with pytest.raises(UserError, match=r'install the extra with pip install "gemini-zero\[liger\]"'):
+    with pytest.raises(UserError, match=r'install the extra with pip install .* -e "\.\[liger\]"'):
         use_liger(llama(), GPU)
 
 

@@ -185,12 +185,18 @@ def test_what_is_forgotten_lives_and_counts_as_long_as_somebody_holds_it(device:
     assert device.memory().non_model_bytes == 0
 
 
-def test_poison_can_be_turned_off() -> None:
-    device = SimulatedDevice(CAPACITY_BYTES, poison=False)
-    buffer = device.allocate(4, torch.float32).fill_(3)
+@pytest.mark.parametrize("poison", [True, False])
+def test_poison_can_be_turned_off(poison: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is in memory that nobody has written to is chance, and may be NaN as well.
+    filled: list[float] = []
+    fill = torch.Tensor.fill_
+    monkeypatch.setattr(torch.Tensor, "fill_", lambda tensor, value: (filled.append(value), fill(tensor, value))[1])
+    device = SimulatedDevice(CAPACITY_BYTES, poison=poison)
+    buffer = device.allocate(4, torch.float32)
     device.give_back(buffer)
     device.take_again(buffer, 4)
-    assert not buffer.isnan().any() or buffer.isnan().all()
+    assert bool(filled) == poison
+    assert buffer.isnan().all() or not poison
     device.close()
 
 
