@@ -388,7 +388,7 @@ class TestReferences:
         from zero.cli.evaluation_tables import perplexity_rows
         from zero.evaluation.perplexity import PerplexityResult
 
-        result = PerplexityResult(-20.0, 10, 0, 30, 8, 2, 1, 2048, 2048)
+        result = PerplexityResult(0, 30, 8, 2, 1, 2048, 2048, loglikelihood=-20.0, num_tokens=10)
         rows = perplexity_rows(result, False, references.of_wikitext2("OPT-125M"))
         assert any("27.65 (OPT-125M: Frantar" in published for _, _, published in rows)
 

@@ -171,7 +171,7 @@ def _look_ahead(
     """The first wish that fits; None where a model cannot be walked through.
 
     Raises:
-        gemini.plan.DoesNotFitError: none does; of the first.
+        gemini.plan.DoesNotFitError: none does; of the last, which is the smallest.
     """
     refusal: DoesNotFitError | None = None
     for found in blueprint.inference(config, wishes):

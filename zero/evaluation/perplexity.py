@@ -30,15 +30,19 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class TextWindows:
-    """Texts, cut as the model will read them.
+class TextCounts:
+    """How much text there is, and how it is cut.
 
     Attributes:
-        sequences: That score each token once.
-        num_unscored: As of :class:`PerplexityResult`, and so are those below.
+        num_unscored: First tokens of texts with nothing before them, where the tokenizer has no token for a beginning.
+        num_bytes: Of the texts as UTF-8.
+        num_words: Between blanks.
+        num_lines: Line ends.
+        num_texts: Scored by themselves.
+        window: Most tokens that the model reads at a time.
+        stride: Tokens between one window and the next.
     """
 
-    sequences: list[Sequence]
     num_unscored: int
     num_bytes: int
     num_words: int
@@ -49,30 +53,27 @@ class TextWindows:
 
 
 @dataclass(frozen=True, slots=True)
-class PerplexityResult:
+class TextWindows(TextCounts):
+    """Texts, cut as the model will read them.
+
+    Attributes:
+        sequences: That score each token once.
+    """
+
+    sequences: list[Sequence]
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexityResult(TextCounts):
     """What came of it.
 
     Attributes:
         loglikelihood: Of all scored tokens, in nats.
         num_tokens: That were scored.
-        num_unscored: First tokens of texts with nothing before them, where the tokenizer has no token for a beginning.
-        num_bytes: Of the texts as UTF-8.
-        num_words: Between blanks.
-        num_lines: Line ends.
-        num_texts: Scored by themselves.
-        window: Most tokens that the model reads at a time.
-        stride: Tokens between one window and the next.
     """
 
     loglikelihood: float
     num_tokens: int
-    num_unscored: int
-    num_bytes: int
-    num_words: int
-    num_lines: int
-    num_texts: int
-    window: int
-    stride: int
 
     @property
     def nats_per_token(self) -> float:
@@ -160,11 +161,10 @@ def text_windows(tokenizer: Any, texts: Several[Text], window: int, stride: int)
 
 def text_perplexity(scorer: Scorer, texts: TextWindows) -> PerplexityResult:
     """Scores texts."""
-    counts = {entry.name: getattr(texts, entry.name) for entry in fields(texts) if entry.name != "sequences"}
     return PerplexityResult(
+        **{count.name: getattr(texts, count.name) for count in fields(TextCounts)},
         loglikelihood=math.fsum(score.loglikelihood for score in scorer.scores(texts.sequences)),
         num_tokens=sum(sequence.num_scored for sequence in texts.sequences),
-        **counts,
     )
 
 
